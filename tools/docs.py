@@ -52,13 +52,13 @@ class TableRenderer(showdoc.BasicMarkdownRenderer):
 def add_packages():
     "Give nbdev's index the symbols of packages written by a notebook, such as `samplers.__init__`: it skips them."
     cfg = get_config()
-    table, syms = doclinks._build_lookup_table()
+    look = doclinks.NbdevLookup() # its tables are made once
     for f in sorted(cfg.lib_path.rglob('*/__init__.py')):
         mod, = doclinks._get_modidx(f.resolve(), cfg.config_path, cfg.nbs_path.resolve()).items()
-        found = doclinks._qual_mod(mod[1], table[cfg.lib_name]['settings'])
+        found = doclinks._qual_mod(mod[1], look.entries[cfg.lib_name]['settings'])
         for k,v in found.items():
             short = k.removeprefix(mod[0]+'.')
-            for o in (short, f"{mod[0].removesuffix('.__init__')}.{short}"): syms.setdefault(o, v)
+            for o in (short, f"{mod[0].removesuffix('.__init__')}.{short}"): look.syms.setdefault(o, v)
 
 def begin_worker(nbs):
     os.chdir(nbs) # notebooks run in their own folder

@@ -1,0 +1,30 @@
+"Every notebook runs, each in a fresh process as `nbdev_test` runs it, and within its time."
+import os, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import pytest
+from conftest import ROOT
+
+NBS = sorted((ROOT/'nbs').glob('[!.]*.ipynb'))
+SECONDS = 30 # of one core: unlike the time by the clock, the same on a busy machine
+
+def run(nb):
+    "Exit code, output and seconds of processor time of `nbdev_test` on one notebook."
+    cmd = [Path(sys.executable).with_name('nbdev_test'), '--path', nb]
+    with subprocess.Popen(cmd, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
+        out = p.stdout.read()
+        _, status, used = os.wait4(p.pid, 0)
+        p.returncode = os.waitstatus_to_exitcode(status)
+    return p.returncode, out, used.ru_utime+used.ru_stime
+
+@pytest.fixture(scope='module')
+def results(request):
+    "The notebooks asked for, run two at a time."
+    nbs = [o.callspec.params['nb'] for o in request.session.items if o.path==request.path]
+    with ThreadPoolExecutor(2) as ex: yield {o: ex.submit(run, o) for o in nbs}
+
+@pytest.mark.parametrize('nb', NBS, ids=lambda o: o.stem)
+def test_notebook(results, nb):
+    rc, out, seconds = results[nb].result()
+    assert rc==0, out
+    assert seconds <= SECONDS, f'{seconds:.0f} s; mark what is slow with `#| slow` and give it a small twin'
