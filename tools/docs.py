@@ -9,7 +9,7 @@ of notebooks. The build fails on a link or an anchor that leads nowhere, on a pi
 notebook without a page, and on anything a page would fetch from another host. KaTeX comes from the npm registry and is
 kept in `_build`; `KATEX_DIST=folder` names a copy to be used where there is no npm.
 """
-import argparse, os, re, shutil, subprocess, sys, tempfile
+import argparse, os, re, shutil, subprocess, sys, tempfile, traceback
 from concurrent.futures import ProcessPoolExecutor
 from html.parser import HTMLParser
 from multiprocessing import get_context
@@ -72,8 +72,9 @@ def relink(src, to): return _nblink.sub(lambda m: m[1]+to(m[2])+m[3], src)
 def process(src, dst):
     "Run nbdev's processors on the notebook `src` and store it under its page's name, with its links."
     nb, main = read_nb(src), sys.modules['__main__']
-    FilterDefaults()(nb)
-    sys.modules['__main__'] = main # nbdev's shell takes its place
+    try: FilterDefaults()(nb)
+    except Exception as e: raise RuntimeError(f'{src}: {e}\n{"".join(traceback.format_exception(e.__cause__))}') from None
+    finally: sys.modules['__main__'] = main # nbdev's shell takes its place
     nb.metadata.pop('widgets', None) # Quarto would fetch their scripts from a CDN
     for i,c in enumerate(nb.cells):
         if c.cell_type=='markdown': c.source = relink(c.source, lambda o: Path(page(o)).with_suffix('.ipynb').name)
@@ -102,7 +103,9 @@ def stage(cfg, dst, nbs):
     n = min(os.cpu_count() or 1, len(nbs), 4)
     with ProcessPoolExecutor(n, get_context('spawn'), begin_worker, [cfg.nbs_path]) as ex:
         to = [dst/Path(page(o)).with_suffix('.ipynb').name for o in nbs]
-        for o in ex.map(process, nbs, to): print(f'  {o}', flush=True)
+        try:
+            for o in ex.map(process, nbs, to): print(f'  {o}', flush=True)
+        except RuntimeError as e: sys.exit(str(e))
 
 def katex(build):
     "The folder of a local copy of KaTeX."
