@@ -33,11 +33,12 @@ class TimeEmbed(nn.Module):
         dim:int,         # width of the result
         freqs:int=256,   # width of the sinusoidal embedding
         scale:float=1.,  # see `sinusoid`
+        std:float=.02,   # of the initial weights (.02: DiT)
     ):
         super().__init__()
         self.freqs,self.scale = freqs,scale
         self.mlp = nn.Sequential(nn.Linear(freqs, dim), nn.SiLU(), nn.Linear(dim, dim))
-        for l in (self.mlp[0], self.mlp[2]): nn.init.normal_(l.weight, std=.02)
+        for l in (self.mlp[0], self.mlp[2]): nn.init.normal_(l.weight, std=std)
     def forward(self, t:Float[Tensor,'*b'])->Float[Tensor,'*b d']:
         "Angles in the precision of `t`, the network in that of its weights."
         return self.mlp(sinusoid(t, self.freqs, self.scale).to(self.mlp[0].weight.dtype))
@@ -46,13 +47,14 @@ class TimeEmbed(nn.Module):
 class LabelEmbed(nn.Module):
     "A table of `classes+1` vectors; the last is the null label."
     def __init__(self,
-        classes:int, # labels are 0..classes-1
-        dim:int,     # width of the result
+        classes:int,   # labels are 0..classes-1
+        dim:int,       # width of the result
+        std:float=.02, # of the initial table (.02: DiT)
     ):
         super().__init__()
         self.null = classes
         self.table = nn.Embedding(classes+1, dim)
-        nn.init.normal_(self.table.weight, std=.02)
+        nn.init.normal_(self.table.weight, std=std)
     def forward(self, y:Int[Tensor,'b']|None)->Float[Tensor,'#b d']:
         "The rows of `y`; of None, the null row, once for all."
         return self.table.weight[self.null:] if y is None else self.table(y)
