@@ -27,15 +27,17 @@ def gridded(
     times:Callable,           # rule: (process, n, tokens) -> `(n,)` times, float64
     net_t:Callable=lambda process, t: process.net_t(t), # (process, t) -> what the network is told there
 )->Callable: # (process, n, tokens=None) -> `Grid`
-    "A rule as a grid. ValueError for n < 1, more steps than a table has entries, or times that do not fall from at most 1 to above 0."
-    def grid(process, n:int, tokens:int|None=None)->Grid:
+    "A rule as a grid. ValueError for n < 1, n above a table's entries, or times that do not fall within (0,1]."
+    def grid(process, n, tokens=None)->Grid:
         n, s = whole(n, 'the number of steps'), process.schedule
         if n<1: raise ValueError(f'a grid has at least one step, not {n}')
         if s.T and n>s.T: raise ValueError(f'{n} steps do not fit on the {s.T} entries of {s.name}: take at most {s.T}')
         t = times(process, n, tokens)
-        if t.dtype!=torch.float64 or t.shape!=(n,): raise TypeError(f'a rule gives ({n},) float64, not {tuple(t.shape)} {t.dtype}')
+        if t.dtype!=torch.float64 or t.shape!=(n,):
+            raise TypeError(f'a rule gives ({n},) times in float64, not {tuple(t.shape)} in {t.dtype}')
         full = torch.cat([t, t.new_zeros(1)])
-        if not (t[0]<=1 and (full[1:]<full[:-1]).all()): raise ValueError(f'times must fall from at most 1 to above 0, not {t.tolist()}')
+        if not (t[0]<=1 and (full[1:]<full[:-1]).all()):
+            raise ValueError(f'times must fall from at most 1 to above 0, not {t.tolist()}')
         return Grid(full, torch.cat([net_t(process, t), t.new_full((1,), math.nan)]))
     return grid
 
@@ -74,12 +76,13 @@ def leading(
     spare:int=0,      # points left out at the data's end: 1 for DPM-Solver++ and UniPC
     entries:int=1000, # what a continuous schedule counts as
 ):
-    "Whole steps up from the first entry (Song et al. 2021): it starts well below the noisiest. ValueError if the offset leads out of the table."
+    "Whole steps up from the first entry (Song et al. 2021). ValueError if the offset leads out of the table."
     def times(process, n, tokens):
         T = process.schedule.T or entries
         i = torch.arange(n+spare-1, spare-1, -1, dtype=torch.float64)*(T//(n+spare))+offset
         if not 0<=i[-1]<=i[0]<T:
-            raise ValueError(f'leading({offset}) in {n} steps goes from entry {i[0]:g} to {i[-1]:g} of 0..{T-1}: take another offset or fewer steps')
+            raise ValueError(f'offset {offset} makes {n} leading steps go from entry {i[0]:g} to {i[-1]:g}, '
+                             f'and the entries are 0 to {T-1}: take another offset or fewer steps')
         return (i+1)/T
     return gridded(times)
 
@@ -102,6 +105,7 @@ def karras(
     smax:float|None=None,  # first noise level; None: that of t = 1
 ):
     "Even in `(sigma/alpha)**(1/rho)` (Karras et al. 2022, Eq. 5). ValueError if the schedule has no such levels."
+    if not rho>0: raise ValueError(f'rho must be above 0, not {rho}')
     def times(process, n, tokens):
         s = process.schedule
         if smin is None and s.T is None: raise ValueError(f'{s.name} has no smallest noise level: give smin')
@@ -109,7 +113,8 @@ def karras(
         last = torch.tensor(1/s.T, dtype=torch.float64) if smin is None else s.t_of(smin)
         hi, lo = s.ksigma(first), s.ksigma(last)
         if not 0<lo<=hi<math.inf or (smax or 0)>hi*(1+1e-9):
-            raise ValueError(f'{s.name} has noise levels up to {s.ksigma(1.):g}: give 0 < smin < smax below, not {lo:g} and {smax or hi:g}')
+            raise ValueError(f'{s.name} has noise levels up to {s.ksigma(1.):g}: '
+                             f'give 0 < smin < smax below it, not {lo:g} and {smax or hi:g}')
         t = s.t_of(torch.lerp(hi**(1/rho), lo**(1/rho), torch.linspace(0, 1, n, dtype=torch.float64))**rho)
         t[-1] = last
         t[0] = first # after the last: with one step, the first is what counts
