@@ -224,7 +224,7 @@ def uniform(self:Rng,
     dtype:torch.dtype|None=None, # default float64
     device=None,                 # default CPU
 )->Float[Tensor,'b *d']: # numbers in the open interval (0,1)
-    "Uniforms of 53 bits, rounded to `dtype`; what would be 0 or 1 becomes the nearest number inside, as logarithms need."
+    "Uniforms of 53 bits, rounded to `dtype`; what would be 0 or 1 becomes the nearest number inside (for logarithms)."
     u = self.draw(UNIFORM, torch.float64, shape, like, dtype, device)
     info = torch.finfo(u.dtype)
     return u.clamp_(max(info.tiny, 2.**-54), 1 - info.eps/2)
