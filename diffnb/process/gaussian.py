@@ -131,9 +131,9 @@ def eps_of(self:Gaussian, x_t:Tensor, x0:Tensor, t:Tensor)->Tensor:
 @patch
 def oracle(self:Gaussian,
     mean:Callable, # `(x_t, alpha, sigma) -> E[x0|x_t]`
-)->Callable: # `call(x, net_t) -> raw`
+)->Callable: # `call(x, net_t) -> raw`; conditions are ignored
     "The perfect network for data with a known posterior mean."
-    def call(x, net_t):
+    def call(x, net_t, **cond):
         s = self.schedule
         t = s.t_of((4*net_t).exp()) if self.pred.log_time else net_t if s.T is None else (net_t+1)/s.T
         if self.pred.scale is not None: x = x/self.coef(lambda a,s: (self.pred.scale(a, s),), t, x)[0]
