@@ -6,6 +6,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT/'tools'))
 from docs import faults, page
+from reference import outline, signature, table
 
 NBS = sorted((ROOT/'nbs').glob('[!.]*.ipynb'))
 LOOK = '''() => ({
@@ -101,3 +102,14 @@ def test_faults(tmp_path, html, fault):
 def test_missing_page(tmp_path):
     (tmp_path/'a.html').write_text('')
     assert faults(tmp_path, ['00_a.ipynb', '01_b.c.ipynb'])==['01_b.c.ipynb: no page b.c.html']
+
+def test_outline():
+    "Signature and table come from the source: alternatives apart, defaults as written, no bar that would end a cell."
+    from diffnb.schedules import Schedule, cosine
+    kind, params, returns = outline(cosine) # a preset: the function inside
+    assert signature(kind, 'cosine', params, returns).startswith('def cosine(T:int|None=None, ')
+    row = table(params, returns).splitlines()[2]
+    assert row.startswith('| `T` | `int` or `None` | `None` | ') and row.count('|')==5
+    kind, params, returns = outline(Schedule)
+    assert kind=='class' and [p.name for p in params]==['name', 'fn', 'abar'] and all(p.comment for p in params)
+    assert [p.default for p in params]==['', '', 'None']

@@ -17,12 +17,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 import yaml
 from execnb.nbio import read_nb, write_nb
-from fastcore.docments import DocmentTbl, DocmentText
-from nbdev import doclinks, showdoc
+from nbdev import doclinks
 from nbdev.config import get_config
 from nbdev.frontmatter import _fm2dict
-from nbdev.processors import FilterDefaults
+from nbdev.processors import FilterDefaults, _default_exp
 from nbdev.quarto import _nbdev_yml
+import reference
 
 CHAPTERS = ['Core', 'Diffusion', 'Models', 'Codecs and weights', 'Fine-tuning', 'Training', 'Measuring', 'Use', 'Walkthroughs']
 KATEX = '0.16.11' # the version that smalldocs 0.5 asks its CDN for
@@ -33,22 +33,6 @@ def site_url(cfg): return f'{cfg.doc_host}{cfg.doc_baseurl}'.rstrip('/')+'/'
 def notebooks(cfg): return sorted(cfg.nbs_path.glob('[!._]*.ipynb'))
 
 # --- from notebooks to pages ---
-class Signature(DocmentText):
-    "A signature without comments: they are in the table below it."
-    @property
-    def params(self): return [(o, '') for o,_ in super().params]
-    @property
-    def _ret_str(self): return super()._ret_str.split(': # ')[0].removesuffix(':')+':'
-
-class TableRenderer(showdoc.BasicMarkdownRenderer):
-    "`show_doc` as a heading with a link to the source, the signature, the docstring and a table of the parameters."
-    def __init__(self, *args, **kw):
-        super().__init__(*args, **kw)
-        self.dm = Signature(self.sym, maxline=100, docstring=False)
-    def _repr_markdown_(self):
-        tbl = DocmentTbl(self.sym)._repr_markdown_()
-        return super()._repr_markdown_() + (f'\n\n{tbl}' if tbl else '')
-
 def add_packages():
     "Give nbdev's index the symbols of packages written by a notebook, such as `samplers.__init__`: it skips them."
     cfg = get_config()
@@ -63,7 +47,7 @@ def add_packages():
 def begin_worker(nbs):
     os.chdir(nbs) # notebooks run in their own folder
     os.environ['IN_TEST'] = '1'
-    showdoc.BasicMarkdownRenderer = TableRenderer
+    reference.install()
     add_packages()
 
 _nblink = re.compile(r'(\]\()((?!\w+:)[^)\s#]+\.ipynb)((?:#[^)\s]*)?\))')
@@ -72,6 +56,8 @@ def relink(src, to): return _nblink.sub(lambda m: m[1]+to(m[2])+m[3], src)
 def process(src, dst):
     "Run nbdev's processors on the notebook `src` and store it under its page's name, with its links."
     nb, main = read_nb(src), sys.modules['__main__']
+    exp = _default_exp(nb)
+    reference.Renderer.module = f'{get_config().lib_path.name}.{exp.removesuffix(".__init__")}' if exp else None
     try: FilterDefaults()(nb)
     except Exception as e: raise RuntimeError(f'{src}: {e}\n{"".join(traceback.format_exception(e.__cause__))}') from None
     finally: sys.modules['__main__'] = main # nbdev's shell takes its place
