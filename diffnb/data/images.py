@@ -40,7 +40,7 @@ class Images:
     def __post_init__(self):
         n, k = len(self), len(self.classes)
         if len(self.pixels.shape)!=4 or self.pixels.dtype!=torch.uint8:
-            raise ValueError(f'{self.source}: images are (n,c,h,w) bytes, not {tuple(self.pixels.shape)} of {self.pixels.dtype}')
+            raise ValueError(f'{self.source}: {tuple(self.pixels.shape)} of {self.pixels.dtype}, not (n,c,h,w) bytes')
         for what in ('labels', 'captions', 'names'):
             o = getattr(self, what)
             if o is not None and len(o)!=n: raise ValueError(f'{self.source}: {len(o)} {what} for {n} images')
@@ -50,7 +50,8 @@ class Images:
     def __len__(self): return self.pixels.shape[0]
     def __repr__(self):
         c, h, w = self.shape
-        return f'{self.source}: {len(self)} images {h}x{w}x{c}' + (f', {len(self.classes)} classes' if self.classes else '')
+        classes = f', {len(self.classes)} classes' if self.classes else ''
+        return f'{self.source}: {len(self)} images {h}x{w}x{c}{classes}'
 
 # %% ../../nbs/50_data.images.ipynb #53da429c
 @patch(as_prop=True)
@@ -189,7 +190,10 @@ def center_crop(
     top, left = (h-size)//2, (w-size)//2
     return x[..., top:top+size, left:left+size]
 
-def fit(x:UInt8[Tensor,'b c h w'], size:int)->UInt8[Tensor,'b c size size']:
+def fit(
+    x:UInt8[Tensor,'b c h w'], # images
+    size:int,                  # of both sides
+)->UInt8[Tensor,'b c size size']:
     "Resize the shorter side to `size`, then cut out the middle."
     return center_crop(resize(x, size), size)
 
@@ -215,12 +219,16 @@ def image_at(
     return out
 
 # %% ../../nbs/50_data.images.ipynb #75a80c91
-def floats(batch:dict, rng:Rng)->dict:
+def floats(
+    batch:dict, # with `x` as bytes
+    rng:Rng,    # not used
+)->dict:
     "The images as numbers in [-1,1]."
     return {**batch, 'x': to_float(batch['x'])}
 
 def hflip(
-    batch:dict, rng:Rng,
+    batch:dict, # with images `x`
+    rng:Rng,    # bound to the batch's indices
     p:float=.5, # probability
 )->dict:
     "Mirror some images left to right."
@@ -231,18 +239,20 @@ def hflip(
     return {**batch, 'x': x}
 
 def drop_label(
-    batch:dict, rng:Rng,
-    null:int,    # the label that means none: usually the number of classes
-    p:float=.1,  # probability
+    batch:dict, # with labels `cond['y']`
+    rng:Rng,    # bound to the batch's indices
+    null:int,   # the label that means none: usually the number of classes
+    p:float=.1, # probability
 )->dict:
-    "Replace some labels by the null label: from these the network learns the unconditional estimate that guidance needs."
+    "Replace some labels by the null label: they teach the unconditional estimate that guidance needs."
     y = batch['cond']['y']
     drop = rng.at('drop label').bernoulli(torch.full((len(y),), float(p)))
     return {**batch, 'cond': {**batch['cond'], 'y': torch.where(drop, null, y)}}
 
 # %% ../../nbs/50_data.images.ipynb #f5bb0fbb
 def random_crop(
-    batch:dict, rng:Rng,
+    batch:dict, # with images `x`
+    rng:Rng,    # bound to the batch's indices
     size:int,   # of the square that is cut out
     pad:int=0,  # pixels of reflection around the image first
 )->dict:
@@ -260,9 +270,9 @@ def random_crop(
 @dataclass(frozen=True, eq=False)
 class Stream:
     "The endless row: give it positions, and it gives the batch there."
-    images:Images
-    rng:Rng                             # the run's
-    transforms:Sequence[Callable]=(floats,)
+    images:Images                           # the set
+    rng:Rng                                 # the run's
+    transforms:Sequence[Callable]=(floats,) # functions `(batch, rng) -> batch`, in order
 
     def __getitem__(self, idx:Int64[Tensor,'b'])->dict:
         ds = self.images
@@ -286,7 +296,7 @@ def positions(
 @dataclass(frozen=True, eq=False)
 class Guarded:
     "A stream that hands back an error instead of raising it, for use in another process."
-    stream:Stream
+    stream:Stream # what may fail
     def __getitem__(self, idx):
         try: return self.stream[idx]
         except Exception as e: return e.with_traceback(None)
@@ -299,7 +309,8 @@ def batches(
     start:int=0,     # position to begin at: steps done, times the images of a step
     workers:int=0,   # processes that prepare batches; 0 does it here
     transforms:Sequence[Callable]=(floats,), # functions `(batch, rng) -> batch`, in order
-    rank:int=0, world:int=1, # of several processes that train together
+    rank:int=0,      # this process
+    world:int=1,     # processes that train together
 )->Iterator[dict]: # dicts of `x`, `idx`, `sample`, `cond`
     "An endless iterator of batches that depends on seed and position alone. ValueError for an empty set."
     if not len(images): raise ValueError(f'{images.source} has no images')
@@ -307,9 +318,13 @@ def batches(
     stream = Stream(images, rng, tuple(transforms))
     return map(stream.__getitem__, todo) if not workers else from_workers(stream, todo, workers)
 
-def from_workers(stream, todo, workers)->Iterator[dict]:
+def from_workers(
+    stream:Stream,  # what makes the batches
+    todo:Iterator,  # their positions
+    workers:int,    # processes
+)->Iterator[dict]:
     "The batches at the positions `todo`, made by other processes, in order."
-    own = torch.Generator().manual_seed(0)  # else the loader would take its seed from the global generator, and so change it
+    own = torch.Generator().manual_seed(0)  # else the loader would draw its seed from the global generator
     for batch in DataLoader(Guarded(stream), sampler=todo, batch_size=None, num_workers=workers, generator=own):
         if isinstance(batch, Exception): raise batch
         yield batch
