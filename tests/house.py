@@ -85,7 +85,8 @@ def imports(tree, house, module=None):
             for a in o.names: yield a.name, o
         elif isinstance(o, ast.ImportFrom):
             base = '.'.join(filter(None, [module.base(o.level) if module else '', o.module]))
-            for a in o.names: yield (f'{base}.{a.name}' if f'{base}.{a.name}' in known else base), o
+            for a in o.names:
+                if (base, a.name)!=('diffnb', '__version__'): yield (f'{base}.{a.name}' if f'{base}.{a.name}' in known else base), o
         elif isinstance(o, ast.Call) and dotted(o.func).split('.')[-1]=='import_module' and o.args and isinstance(o.args[0], ast.Constant):
             if '.' in str(o.args[0].value): yield o.args[0].value, o # `import_module('diffnb')` asks where the package lies
 

@@ -77,9 +77,11 @@ def test_search(visit):
 def test_reference(visit):
     "A function's signature comes with its source and a table of its parameters."
     pg = visit('core.html')
-    sec = pg.locator('section:has(> h3)').first
-    assert pg.locator('main table:has-text("Details")').count()
-    assert sec.locator('a:has-text("source")').count() and pg.locator('details:has-text("Exported source") pre').count()
+    name = pg.locator('h3#mean_loss, section#mean_loss').first
+    name.wait_for()
+    assert pg.locator('a:text-is("source")[href*="/diffnb/core.py#L"]').count()
+    assert pg.locator('table:has-text("Details"):has-text("as a process returns it")').count()==1
+    assert pg.locator('details:has-text("Exported source") pre:has-text("def mean_loss")').count()==1
 
 @pytest.mark.parametrize('html, fault', [
     ('<a href="gone.html">x</a>', 'broken link gone.html'),
