@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['palette', 'fills', 'markers', 'style', 'styled', 'to_bytes', 'to_grid', 'save_png', 'show_images', 'show_points',
-           'token_names', 'cell_width', 'show_tokens', 'show_schedules', 'pick_frames', 'strip_images', 'strip_each',
-           'strip_points', 'strip_tokens', 'artists', 'film_strip', 'Buckets', 'buckets', 'loss_by_t', 'smooth',
-           'loss_curve', 'scrub']
+           'token_names', 'show_tokens', 'show_schedules', 'pick_frames', 'artists', 'film_strip', 'Buckets', 'buckets',
+           'loss_by_t', 'smooth', 'loss_curve', 'scrub']
 
 # %% ../nbs/01_viz.ipynb #256488dc
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from os import PathLike
 from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,7 +22,7 @@ from torch import Tensor
 # %% ../nbs/01_viz.ipynb #a65458a3
 palette = '#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #999999 #000000'.split() # Okabe and Ito (2008)
 fills = palette[:7]+['#F0E442'] # behind text: yellow, which is lost on white, for black, which hides text
-markers = 'os^Dv*PX' # so that colour is never the only sign
+markers = 'os^Dv<>h' # so that colour is never the only sign
 style = {'figure.dpi': 80, 'savefig.dpi': 'figure', 'font.size': 8, 'axes.titlesize': 8, 'lines.linewidth': 1.5,
          'axes.prop_cycle': plt.cycler(color=palette), 'axes.spines.top': False, 'axes.spines.right': False,
          'legend.frameon': False}
@@ -40,8 +38,8 @@ def styled():
 # %% ../nbs/01_viz.ipynb #aa77b761
 def to_bytes(
     x:Shaped[Tensor,'...'], # images `(b,c,h,w)` with 1 or 3 channels, or `(b,h,w)`: floats, or bytes, which stay
-    lo:float=-1.,           # drawn black
-    hi:float=1.,            # drawn white
+    lo:float|int=-1,        # drawn black
+    hi:float|int=1,         # drawn white
 )->UInt8[np.ndarray,'b h w 3']: # what the screen gets
     "RGB bytes of images, clipped to [lo, hi]. ValueError for other shapes and NaN, TypeError for integers."
     if x.ndim==3: x = x[:,None]
@@ -60,7 +58,8 @@ def to_grid(
     ncol:int=8,             # images a row
     pad:int=1,              # white pixels around each image
     top:int=0,              # more white pixels above each row, where titles go
-    lo:float=-1., hi:float=1., # range of the data
+    lo:float|int=-1,        # drawn black
+    hi:float|int=1,         # drawn white
 )->UInt8[np.ndarray,'h w 3']: # one picture, one pixel a value
     "Tile a batch of images row by row."
     if ncol<1 or pad<0 or top<0: raise ValueError(f'a grid has ncol>=1, pad>=0, top>=0, not {ncol}, {pad}, {top}')
@@ -75,7 +74,7 @@ def to_grid(
 
 # %% ../nbs/01_viz.ipynb #e12c9d57
 def save_png(
-    path:str|PathLike,      # where to
+    path,                   # where to: a name, a `Path` or an open file
     x:Shaped[Tensor,'...'], # images, see `to_bytes`
     **kw,                   # `ncol`, `pad`, `lo`, `hi` of `to_grid`
 )->None:
@@ -85,11 +84,12 @@ def save_png(
 # %% ../nbs/01_viz.ipynb #caf14d5e
 @styled()
 def show_images(
-    x:Shaped[Tensor,'...'],       # images, see `to_bytes`
-    ncol:int=8,                   # images a row
-    titles:Sequence|None=None,    # one for each image, or one for each column
-    lo:float=-1., hi:float=1.,    # range of the data: never fitted to the batch
-    ax:plt.Axes|None=None,        # where to draw; the scale is then the caller's affair
+    x:Shaped[Tensor,'...'],    # images, see `to_bytes`
+    ncol:int=8,                # images a row
+    titles:Sequence|None=None, # one for each image, or one for each column
+    lo:float|int=-1,           # drawn black; the range is never fitted to the batch
+    hi:float|int=1,            # drawn white
+    ax:plt.Axes|None=None,     # where to draw; the scale is then the caller's affair
 )->plt.Axes:
     "Show a batch of images as a grid, each value a square of whole pixels."
     b,h,w,_ = to_bytes(x, lo, hi).shape
@@ -113,7 +113,7 @@ def show_images(
 def show_points(
     x:Shaped[Tensor,'...'],               # points `(n,2)`
     label:Shaped[Tensor,'...']|None=None, # `(n,)` integers, a colour and a marker each
-    lim:float|None=None,                  # half the side of the window around 0; None fits the points
+    lim:float|int|None=None,              # half the side of the window around 0; None fits the points
     ax:plt.Axes|None=None,                # where to draw
 )->plt.Axes:
     "Scatter plot of 2-D points with equal axes. ValueError for other shapes."
@@ -142,7 +142,7 @@ def token_names(
     if bad: raise ValueError(f'token {bad[0]} has no name: there are {len(names)} names')
     return {i: str(i) if names is None else names[i] for i in ids}
 
-def cell_width(names): return .12+.085*max(map(len, names), default=1) # inches that the longest name needs
+def _width(names): return .12+.085*max(map(len, names), default=1) # inches that the longest name needs
 
 # %% ../nbs/01_viz.ipynb #83e6b771
 @styled()
@@ -158,7 +158,7 @@ def show_tokens(
     if conf is not None and conf.shape!=x.shape: raise ValueError(f'conf {tuple(conf.shape)}, tokens {tuple(x.shape)}')
     x = x.cpu().reshape(-1, x.shape[-1]).numpy()
     b,n = x.shape
-    if ax is None: ax = plt.figure(figsize=(n*cell_width(word.values()), b*.22)).add_axes([0, 0, 1, 1])
+    if ax is None: ax = plt.figure(figsize=(n*_width(word.values()), b*.22)).add_axes([0, 0, 1, 1])
     depth = .6 if conf is None else .6*conf.detach().cpu().float().clamp(0, 1).reshape(b, n, 1).numpy()
     paint = 1-depth*(1-np.array([plt.matplotlib.colors.to_rgb(o) for o in fills])[x%8])
     ax.imshow(paint, aspect='auto', interpolation='nearest')
@@ -202,11 +202,11 @@ def pick_frames(
     return sorted({round(i*(N-1)/(n-1)) for i in range(n)})
 
 # %% ../nbs/01_viz.ipynb #10b67545
-def strip_images(frames, steps, rows, **kw)->plt.Axes:
+def _strip_images(frames, steps, rows, **kw)->plt.Axes:
     "A row for each sample, a column for each frame."
     return show_images(torch.stack([f[:rows] for f in frames], 1).flatten(0, 1), ncol=len(frames), titles=steps, **kw)
 
-def strip_each(frames, steps, draw, width=1.2, **kw)->plt.Axes:
+def _strip_each(frames, steps, draw, width=1.2, **kw)->plt.Axes:
     "A window for each frame, drawn by `draw(frame, ax=ax, **kw)`."
     _,axs = plt.subplots(1, len(frames), figsize=(width*len(frames), width+.2), squeeze=False)
     for ax,f,i in zip(axs[0], frames, steps):
@@ -215,21 +215,20 @@ def strip_each(frames, steps, draw, width=1.2, **kw)->plt.Axes:
         ax.set(xticks=[], yticks=[])
     return axs[0,0]
 
-def strip_points(frames, steps, rows, **kw)->plt.Axes:
+def _strip_points(frames, steps, rows, **kw)->plt.Axes:
     "One window for all frames: as wide as 99 % of the points need, at most four times the data."
     wide = [f.abs().float().quantile(.99).item() for f in frames]
-    return strip_each(frames, steps, show_points, **{'lim': 1.2*min(max(wide), 4*wide[-1]), **kw})
+    return _strip_each(frames, steps, show_points, **{'lim': 1.2*min(max(wide), 4*wide[-1]), **kw})
 
-def strip_tokens(frames, steps, rows, names=None, mask_id=None, **kw)->plt.Axes:
+def _strip_tokens(frames, steps, rows, names=None, mask_id=None, **kw)->plt.Axes:
     "A block for each sample, a line for each frame; as many blocks as fit."
     x = torch.stack([f[:rows] for f in frames], 1)
-    wide = (x.shape[-1]+1)*cell_width(token_names(x.flatten(), names, mask_id).values())
+    wide = (x.shape[-1]+1)*_width(token_names(x.flatten(), names, mask_id).values())
     x = x[:max(1, int(9/wide))]
     fig,axs = plt.subplots(1, len(x), figsize=(len(x)*wide, len(frames)*.22), squeeze=False)
     fig.subplots_adjust(0, 0, 1, 1, wspace=.05)
     for ax,o in zip(axs[0], x): show_tokens(o, names, mask_id, ax=ax, **kw)
     axs[0,0].set_yticks(range(len(steps)), steps)
-    axs[0,0].tick_params(length=0)
     return axs[0,0]
 
 # %% ../nbs/01_viz.ipynb #8d21b7df
@@ -237,24 +236,24 @@ def artists(
     x:Shaped[Tensor,'...'], # a state of a trajectory
 )->tuple[Callable,Callable]: # `(show, strip)`: for one state, and for frames
     "How to draw tokens (integers), points `(n,2)` and images `(b,h,w)`, `(b,c,h,w)`. TypeError for anything else."
-    if x.ndim==2 and not x.is_floating_point(): return show_tokens, strip_tokens
-    if x.ndim==2 and x.shape[1]==2: return show_points, strip_points
-    if x.ndim==3 or x.ndim==4 and x.shape[1] in (1, 3): return show_images, strip_images
+    if x.ndim==2 and not x.is_floating_point(): return show_tokens, _strip_tokens
+    if x.ndim==2 and x.shape[1]==2: return show_points, _strip_points
+    if x.ndim==3 or x.ndim==4 and x.shape[1] in (1, 3): return show_images, _strip_images
     raise TypeError(f'no picture for {x.dtype} of shape {tuple(x.shape)}: pass draw=')
 
 @styled()
 def film_strip(
-    xs:Iterable[Tensor],      # a trajectory, noise first: a list, a tensor `(N,b,...)` or a sampler's generator
-    n:int=8,                  # frames
-    rows:int=4,               # samples (of points, all are shown)
-    draw:Callable|None=None,  # `draw(frame, ax=ax, **kw)` for states that the strip does not know
-    **kw,                     # handed to the drawing function, such as `lo`, `label`, `mask_id`
+    xs:Iterable[Tensor],     # a trajectory, noise first: a list, a tensor `(N,b,...)` or a sampler's generator
+    n:int=8,                 # frames
+    rows:int=4,              # samples (of points, all are shown)
+    draw:Callable|None=None, # `draw(frame, ax=ax, **kw)` for states that the strip does not know
+    **kw,                    # handed to the drawing function, such as `lo`, `label`, `mask_id`
 )->plt.Axes: # the first; `.figure` is the whole
     "Show a trajectory as evenly spaced frames, with the number of the state above each."
     xs = list(xs)
     steps = pick_frames(len(xs), n)
     frames = [xs[i] for i in steps]
-    if draw is not None: return strip_each(frames, steps, draw, **kw)
+    if draw is not None: return _strip_each(frames, steps, draw, **kw)
     return artists(frames[-1])[1](frames, steps, rows, **kw)
 
 # %% ../nbs/01_viz.ipynb #a24da99f
@@ -294,16 +293,16 @@ def loss_by_t(
     mid = (o.edges[1:]+o.edges[:-1])/2
     ax.bar(mid, o.high-o.low, .9/bins, bottom=o.low, color=palette[4], alpha=.4, label='middle 80 %')
     ax.plot(mid, o.mean, 'o-', color=palette[0], markersize=4, label='mean')
-    above = ax.get_xaxis_transform()
-    for x,c in zip(mid, o.count): ax.text(x, 1.01, c, ha='center', va='bottom', color='.4', fontsize=7, transform=above)
+    for x,c in zip(mid, o.count):
+        ax.annotate(c, (x, 1.01), xycoords=('data', 'axes fraction'), ha='center', va='bottom', color='.4', fontsize=7)
     ax.set(xlim=(0, 1), xlabel='t')
     ax.legend()
     return ax
 
 # %% ../nbs/01_viz.ipynb #3642cf0c
 def smooth(
-    losses:Sequence[float], # one a step
-    beta:float=.95,         # share of the past
+    losses:Iterable,    # numbers, one a step
+    beta:float|int=.95, # share of the past
 )->np.ndarray: # same length
     "Exponential average, corrected for its start; values that are not finite are passed over."
     if not 0<=beta<1: raise ValueError(f'beta={beta} is not in [0,1)')
@@ -315,10 +314,10 @@ def smooth(
 
 @styled()
 def loss_curve(
-    losses:Sequence[float], # one a step
-    beta:float=.95,         # share of the past in the average
-    label:str|None=None,    # name in the legend
-    ax:plt.Axes|None=None,  # where to draw, or to add another curve
+    losses:Iterable,       # numbers, one a step
+    beta:float|int=.95,    # share of the past in the average
+    label:str|None=None,   # name in the legend
+    ax:plt.Axes|None=None, # where to draw, or to add another curve
 )->plt.Axes:
     "Draw a training loss and its exponential average; steps that are not finite are marked by a line."
     losses = np.array([float(o) for o in losses])
@@ -334,9 +333,9 @@ def loss_curve(
 
 # %% ../nbs/01_viz.ipynb #d715bc12
 def scrub(
-    xs:Iterable[Tensor],      # a trajectory, noise first
-    draw:Callable|None=None,  # `draw(state, **kw)`; None chooses by the kind of state
-    **kw,                     # handed to the drawing function
+    xs:Iterable[Tensor],     # a trajectory, noise first
+    draw:Callable|None=None, # `draw(state, **kw)`; None chooses by the kind of state
+    **kw,                    # handed to the drawing function
 ):
     "A slider over the states of a trajectory."
     from ipywidgets import IntSlider, VBox, interactive_output # only a notebook needs it

@@ -39,9 +39,9 @@ def balanced(
 # %% ../../nbs/02_data.toy.ipynb #fe3e9a77
 @preset('dataset', labels=2)
 def rings(
-    n:int,           # points
-    width:float=.04, # standard deviation of the radius
-    seed:int=0,      # of the draw
+    n:int,               # points
+    width:float|int=.04, # standard deviation of the radius
+    seed:int=0,          # of the draw
 )->Toy: # x `(n,2)`
     "Two rings around 0: radius 0.5 (label 0) and 1 (label 1)."
     g = torch.Generator().manual_seed(seed)
@@ -116,7 +116,7 @@ class GaussianData:
     "Normally distributed data, with everything about their noisy versions in closed form, computed in float64."
     def __init__(self,
         mean:Float[Tensor,'d'],            # centre
-        std:float=1.,                      # the same along all axes
+        std:float|int=1,                   # the same along all axes
         cov:Float[Tensor,'d d']|None=None, # or a covariance matrix in place of `std`
     ):
         "ValueError if the covariance is not symmetric and positive definite."
@@ -138,16 +138,16 @@ def sample(self:GaussianData,
 
 # %% ../../nbs/02_data.toy.ipynb #dc5d2087
 def column(
-    a:float|Tensor, # alpha or sigma: a number, `()`, `(b,)` or `(b,1)`
+    a:Tensor|float|int, # alpha or sigma: a number, `()`, `(b,)` or `(b,1)`
 )->Float[Tensor,'#b 1']: # float64
     "An amplitude as a column, to be multiplied with points `(b,d)`."
     return torch.as_tensor(a, dtype=torch.float64).reshape(-1, 1)
 
 @patch
 def coords(self:GaussianData,
-    x:Float[Tensor,'b d'], # noisy points
-    alpha:float|Tensor,    # signal, one number or one a point
-    sigma:float|Tensor,    # noise
+    x:Float[Tensor,'b d'],  # noisy points
+    alpha:Tensor|float|int, # signal, one number or one a point
+    sigma:Tensor|float|int, # noise
 )->tuple[Float[Tensor,'b d'],Float[Tensor,'#b d']]: # `(u, v)`
     "Coordinates along the axes, seen from the centre, and their variances."
     alpha,sigma = column(alpha), column(sigma)
@@ -159,30 +159,41 @@ def coords(self:GaussianData,
 @patch
 def posterior_mean(self:GaussianData,
     x_t:Float[Tensor,'b d'], # noisy points
-    alpha:float|Tensor,      # signal, one number or one a point
-    sigma:float|Tensor,      # noise
+    alpha:Tensor|float|int,  # signal, one number or one a point
+    sigma:Tensor|float|int,  # noise
 )->Float[Tensor,'b d']: # in x_t's dtype
     "`E[x0|x_t]` for `x_t = alpha*x0 + sigma*eps`."
     u,v = self.coords(x_t, alpha, sigma)
     return (self.mean + (column(alpha)*self.var/v*u)@self.axes.T).to(x_t.dtype)
 
 @patch
-def score(self:GaussianData, x:Float[Tensor,'b d'], alpha:float|Tensor=1., sigma:float|Tensor=0.)->Float[Tensor,'b d']:
+def score(self:GaussianData,
+    x:Float[Tensor,'b d'],    # points
+    alpha:Tensor|float|int=1, # signal, one number or one a point
+    sigma:Tensor|float|int=0, # noise
+)->Float[Tensor,'b d']:
     "Gradient of `log_prob`, in x's dtype."
     u,v = self.coords(x, alpha, sigma)
     return (-(u/v)@self.axes.T).to(x.dtype)
 
 @patch
-def log_prob(self:GaussianData, x:Float[Tensor,'b d'], alpha:float|Tensor=1., sigma:float|Tensor=0.)->Float[Tensor,'b']:
+def log_prob(self:GaussianData,
+    x:Float[Tensor,'b d'],    # points
+    alpha:Tensor|float|int=1, # signal, one number or one a point
+    sigma:Tensor|float|int=0, # noise
+)->Float[Tensor,'b']:
     "Log-density of the noisy data at x, float64; of the data themselves without alpha and sigma."
     u,v = self.coords(x, alpha, sigma)
     return -.5*(u**2/v + (2*math.pi*v).log()).sum(1)
 
+# %% ../../nbs/02_data.toy.ipynb #7323d15c
 @patch
 def flow(self:GaussianData,
-    x_t:Float[Tensor,'b d'],                      # noisy points
-    alpha:float|Tensor, sigma:float|Tensor,       # their signal and noise
-    alpha_s:float|Tensor, sigma_s:float|Tensor,   # where to go
+    x_t:Float[Tensor,'b d'],  # noisy points
+    alpha:Tensor|float|int,   # their signal
+    sigma:Tensor|float|int,   # their noise
+    alpha_s:Tensor|float|int, # signal where to go
+    sigma_s:Tensor|float|int, # noise there
 )->Float[Tensor,'b d']: # in x_t's dtype
     "The exact solution of the probability-flow ODE (Song et al. 2021, Eq. 13) from one noise level to another."
     u,v = self.coords(x_t, alpha, sigma)
@@ -193,9 +204,9 @@ def flow(self:GaussianData,
 class Mixture:
     "A mixture of round Gaussians, with everything about its noisy versions in closed form, computed in float64."
     def __init__(self,
-        means:Float[Tensor,'k d'],                  # centres
-        std:float|Float[Tensor,'k']=.1,             # spread, one for all or one each
-        weights:Float[Tensor,'k']|None=None,        # shares; None makes them equal
+        means:Float[Tensor,'k d'],           # centres
+        std:float|int|Float[Tensor,'k']=.1,  # spread, one for all or one each
+        weights:Float[Tensor,'k']|None=None, # shares; None makes them equal
     ):
         "ValueError if a spread or a weight is not positive."
         weights = torch.ones(len(means)) if weights is None else weights
@@ -217,20 +228,28 @@ def sample(self:Mixture,
 
 # %% ../../nbs/02_data.toy.ipynb #20ac8f2e
 @patch
-def joint(self:Mixture, x:Float[Tensor,'b d'], alpha:float|Tensor=1., sigma:float|Tensor=0.)->Float[Tensor,'b k']:
+def joint(self:Mixture,
+    x:Float[Tensor,'b d'],    # points
+    alpha:Tensor|float|int=1, # signal, one number or one a point
+    sigma:Tensor|float|int=0, # noise
+)->Float[Tensor,'b k']:
     "Log of weight times density, for each component."
     return torch.stack([o.log_prob(x, alpha, sigma) for o in self.parts], 1) + self.weights.log()
 
 @patch
-def log_prob(self:Mixture, x:Float[Tensor,'b d'], alpha:float|Tensor=1., sigma:float|Tensor=0.)->Float[Tensor,'b']:
+def log_prob(self:Mixture,
+    x:Float[Tensor,'b d'],    # points
+    alpha:Tensor|float|int=1, # signal, one number or one a point
+    sigma:Tensor|float|int=0, # noise
+)->Float[Tensor,'b']:
     "Log-density of the noisy data at x, float64; of the data themselves without alpha and sigma."
     return self.joint(x, alpha, sigma).logsumexp(1)
 
 @patch
 def posterior_mean(self:Mixture,
     x_t:Float[Tensor,'b d'], # noisy points
-    alpha:float|Tensor,      # signal, one number or one a point
-    sigma:float|Tensor,      # noise
+    alpha:Tensor|float|int,  # signal, one number or one a point
+    sigma:Tensor|float|int,  # noise
 )->Float[Tensor,'b d']: # in x_t's dtype
     "`E[x0|x_t]` for `x_t = alpha*x0 + sigma*eps`."
     r = self.joint(x_t, alpha, sigma).softmax(1)
@@ -238,7 +257,11 @@ def posterior_mean(self:Mixture,
     return torch.einsum('bk,kbd->bd', r, each).to(x_t.dtype)
 
 @patch
-def score(self:Mixture, x:Float[Tensor,'b d'], alpha:float|Tensor=1., sigma:float|Tensor=0.)->Float[Tensor,'b d']:
+def score(self:Mixture,
+    x:Float[Tensor,'b d'],    # points
+    alpha:Tensor|float|int=1, # signal, one number or one a point
+    sigma:Tensor|float|int=0, # noise
+)->Float[Tensor,'b d']:
     "Gradient of `log_prob`, in x's dtype."
     r = self.joint(x, alpha, sigma).softmax(1)
     each = torch.stack([o.score(x.double(), alpha, sigma) for o in self.parts])
@@ -281,8 +304,12 @@ def conditionals(self:TinyLanguage,
     return torch.einsum('bs,snv->bnv', w/w.sum(1, keepdim=True), is_word.double()).log()
 
 @patch
-def __call__(self:TinyLanguage, x, net_t=None, **cond):
-    "As a network is called: it has no use for the time."
+def __call__(self:TinyLanguage,
+    x:Int[Tensor,'b n'], # words, or `mask_id` where unknown
+    net_t=None,          # the time, for which it has no use
+    **cond,              # nor for conditions
+)->Float[Tensor,'b n v']: # log-probabilities
+    "As a network is called."
     return self.conditionals(x)
 
 @patch
