@@ -65,7 +65,7 @@ def linspace(
     "Equal steps from the last entry to the first."
     def times(process, n, tokens):
         T, k = process.schedule.T, torch.arange(n, dtype=torch.float64)
-        i = ((T or entries)-1)*(1-k/max(n+spare-1, 1))
+        i = (T or entries)-1-((T or entries)-1)*k/max(n+spare-1, 1) # in this order ties are exact
         return (i+1)/entries if T is None else (entry(i)+1)/T
     return gridded(times)
 

@@ -20,7 +20,7 @@ def weigh(
     t:Tensor|float,     # times in [0,1]
     x0_weight:Callable, # signal-to-noise ratio -> weight of the squared error of x0
 )->Tensor: # float64, of t's shape
-    "The weight of x0's squared error as a weight of the prediction's: times `cy**2`. Finite everywhere if `x0_weight` is."
+    "A weight of x0's squared error as a weight of the prediction's: times `cy**2`. Finite if `x0_weight` is."
     alpha,sigma = (o.clamp(min=1e-19) for o in process.schedule(t))
     return x0_weight((alpha/sigma)**2)*process.pred.x0(alpha, sigma)[1]**2
 
@@ -71,7 +71,7 @@ def log_normal(
 # %% ../nbs/13_weights.ipynb #f3381c9f
 @preset('times')
 def stratified():
-    "Evenly spread with one random offset a step, a stratum each (Kingma et al. 2021). Draw for the whole batch, then split."
+    "Evenly spread, with one random offset a step (Kingma et al. 2021). Draw for the whole batch, then split it."
     def times(rng, n):
         rank = torch.arange(n) if rng.idx is None else torch.tensor(rng.idx).argsort(stable=True).argsort()
         if len(rank)!=n: raise ValueError(f'the rng is bound to {len(rank)} samples, not to {n}')
