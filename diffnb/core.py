@@ -10,7 +10,7 @@ import difflib, functools, importlib, inspect, pkgutil
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 # %% ../nbs/00_core.ipynb #47b6a78b
 def expand(
@@ -63,7 +63,7 @@ class Denoiser(nn.Module):
         raise NotImplementedError(f'{type(self).__name__} has no head')
     def forward(self, x, net_t, **cond)->Tensor: return self.head(self.features(x, net_t, **cond))
     def null(self, x, keep=None, **cond)->tuple:
-        "Inputs `(x, cond)` of the unconditional branch that guidance compares with; by default every condition is dropped."
+        "Inputs `(x, cond)` of the branch that guidance compares with; by default every condition is dropped."
         return x, {k: v if k in ('keep', 'mask') else None for k,v in cond.items()}
     def prepare(self, **cond)->dict:
         "What depends on neither x nor t, computed once per trajectory. Doing it twice must change nothing."
@@ -129,7 +129,7 @@ def create(
     kind:str='denoiser',  # what is wanted
     **kw,                 # handed to the preset
 ):
-    "Build a preset by name. ValueError for an unknown name, TypeError for an unknown argument, each with the nearest known."
+    "Build a preset by name. ValueError for an unknown name, TypeError for an unknown argument, with the nearest known."
     if (kind, name) not in _presets: _import_all()
     known = [n for k,n in _presets if k==kind]
     if name not in known: raise ValueError(f'no {kind} is called {name!r}{nearest(name, known)}')

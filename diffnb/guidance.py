@@ -47,13 +47,19 @@ def constant(
         return call
     return guide
 
-def unconditional(denoiser, cond=None, keep=None, mask=None):
+def unconditional(
+    denoiser:Callable,       # a `Denoiser`: it must have `null`
+    cond:dict|None=None,     # its conditions, by name
+    keep:Tensor|None=None,   # positions held clean
+    mask:Tensor|None=None,   # positions that exist
+)->Callable: # `call(x, net_t) -> raw`
     "The branch without the condition, as the network defines it (`null`)."
-    if not hasattr(denoiser, 'null'): raise ValueError('guidance needs a network with `null`, or the conditions to compare with as `uncond`')
+    if not hasattr(denoiser, 'null'):
+        raise ValueError('guidance needs a network with `null`, or the conditions to compare with as `uncond`')
     cond = {**(cond or {}), **({} if mask is None else {'mask': mask})}
     bound = []
     def call(x, net_t):
         x, c = denoiser.null(x, keep=keep, **cond)
-        if not bound: bound.append(bind(denoiser, c, keep, c.pop('mask', None))) # the conditions are the same at every step
+        if not bound: bound.append(bind(denoiser, c, keep, c.pop('mask', None))) # the same at every step
         return bound[0](x, net_t)
     return call

@@ -33,7 +33,8 @@ class Schedule:
     )->tuple[Tensor,Tensor]: # `(alpha, sigma)`, float64, of t's shape
         "Signal and noise amplitudes at `t`; ValueError outside [0,1]."
         t = torch.as_tensor(t, dtype=torch.float64)
-        if t.numel() and not ((t>=0) & (t<=1)).all(): raise ValueError(f'times are in [0,1], and t goes from {t.min():g} to {t.max():g}')
+        if t.numel() and not ((t>=0) & (t<=1)).all():
+            raise ValueError(f'times are in [0,1], and t goes from {t.min():g} to {t.max():g}')
         return self.fn(t)
 
     def at(self, t:Tensor, x:Tensor)->tuple[Tensor,Tensor]:
@@ -42,19 +43,25 @@ class Schedule:
 
 # %% ../nbs/10_schedules.ipynb #7360b9fb
 @patch
-def snr(self:Schedule, t:Tensor|float)->Tensor:
+def snr(self:Schedule,
+    t:Tensor|float, # times in [0,1]
+)->Tensor: # float64
     "Signal-to-noise ratio, `(alpha/sigma)**2`; infinite at t = 0."
     alpha,sigma = self(t)
     return (alpha/sigma)**2
 
 @patch
-def ksigma(self:Schedule, t:Tensor|float)->Tensor:
+def ksigma(self:Schedule,
+    t:Tensor|float, # times in [0,1]
+)->Tensor: # float64
     "Noise level relative to the signal, `sigma/alpha`; infinite where no signal is left."
     alpha,sigma = self(t)
     return sigma/alpha
 
 @patch
-def log_snr(self:Schedule, t:Tensor|float)->Tensor:
+def log_snr(self:Schedule,
+    t:Tensor|float, # times in [0,1]
+)->Tensor: # float64
     "Natural logarithm of the signal-to-noise ratio."
     return -2*self.ksigma(t).log()
 
@@ -63,7 +70,7 @@ def log_snr(self:Schedule, t:Tensor|float)->Tensor:
 def t_of(self:Schedule,
     ksigma:Tensor|float, # noise levels, from 0 to infinity
 )->Tensor: # times, float64
-    "The time at which sigma/alpha has the given value: the inverse of `ksigma`, by bisection; 1 beyond the schedule's end."
+    "The time of a noise level, the inverse of `ksigma`, by bisection; 1 beyond the schedule's end."
     k = torch.as_tensor(ksigma, dtype=torch.float64)
     lo, hi = torch.zeros_like(k), torch.ones_like(k)
     for _ in range(80):
@@ -88,7 +95,8 @@ def edm(
 def _cosine(s):
     u, th0 = math.pi/2/(1+s), math.pi/2*s/(1+s)
     # cos(theta_t) = sin(u(1-t)), which is exactly 0 at t = 1
-    return Schedule('cosine', lambda t: ((u*(1-t)).sin()/math.cos(th0), ((u*t).sin()*(u*t+2*th0).sin()).sqrt()/math.cos(th0)))
+    def fn(t): return (u*(1-t)).sin()/math.cos(th0), ((u*t).sin()*(u*t+2*th0).sin()).sqrt()/math.cos(th0)
+    return Schedule('cosine', fn)
 
 # %% ../nbs/10_schedules.ipynb #4789d371
 @dataclass(frozen=True)
@@ -109,7 +117,8 @@ def table(
     "The schedule of a table of abar. ValueError if the table does not decrease or leaves [0,1]."
     abar = abar.double()
     a = torch.cat([abar.new_ones(1), abar]) # with the clean data in front
-    if not ((a[1:]<a[:-1]).all() and a[-1]>=0): raise ValueError(f'{name}: abar must decrease from below 1, to no less than 0')
+    if not ((a[1:]<a[:-1]).all() and a[-1]>=0):
+        raise ValueError(f'{name}: abar must decrease from below 1, to no less than 0')
     T, k, A, S = len(abar), ((1-a)/a).sqrt(), a.sqrt(), (1-a).sqrt()
     u, v = space.to(k), k.atan()
     ok = u[:-1].isfinite() & u[1:].isfinite()
@@ -172,9 +181,10 @@ def snap(self:Schedule,
 def zero_snr(
     schedule:Schedule|str='scaled_linear', # a variance-preserving schedule, or a preset's name
 ):
-    "The schedule, stretched so that no signal is left at t = 1 (Lin et al. 2023). ValueError unless alpha^2+sigma^2 = 1."
+    "The schedule with no signal left at t = 1 (Lin et al. 2023). ValueError unless alpha^2+sigma^2 = 1."
     s = create(schedule, kind='schedule') if isinstance(schedule, str) else schedule
-    if abs(sum(o.square() for o in s(.5)).item()-1)>1e-9: raise ValueError(f'{s.name} does not preserve the variance: zero_snr needs alpha^2+sigma^2 = 1')
+    if abs(sum(o.square() for o in s(.5)).item()-1)>1e-9:
+        raise ValueError(f'{s.name} does not preserve the variance: zero_snr needs alpha^2+sigma^2 = 1')
     if s.T:
         a = s.abar.sqrt()
         return table(f'zero_snr({s.name})', ((a-a[-1])*a[0]/(a[0]-a[-1]))**2)
@@ -200,7 +210,7 @@ def survival(
 def rate(self:Schedule,
     t:Tensor|float, # times in (0,1]
 )->Tensor: # float64
-    "-alpha'(t)/(1-alpha(t)): the weight of the masked-diffusion bound. ValueError for a table, which has no derivative."
+    "-alpha'(t)/(1-alpha(t)), the weight of the masked-diffusion bound. ValueError for a table: it has no derivative."
     if self.T: raise ValueError(f'{self.name} is a table: alpha has no derivative there')
     t = torch.as_tensor(t, dtype=torch.float64).detach().clone().requires_grad_()
     with torch.enable_grad():

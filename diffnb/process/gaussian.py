@@ -8,7 +8,7 @@ __all__ = ['predictions', 'Prediction', 'edm_row', 'Gaussian']
 # %% ../../nbs/11_process.gaussian.ipynb #2277d311
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
@@ -21,7 +21,7 @@ from ..schedules import Schedule
 # %% ../../nbs/11_process.gaussian.ipynb #c56df9ab
 class Prediction(NamedTuple):
     "What the network is trained to give, and how to read it. Each function takes (alpha, sigma) in float64."
-    name:str
+    name:str                 # as in papers
     target:Callable          # -> (a, b): the target is a*x0 + b*eps
     x0:Callable              # -> (cx, cy): x0_hat = cx*x_t + cy*raw
     eps:Callable             # -> (ex, ey): eps_hat = ex*x_t + ey*raw
@@ -39,14 +39,15 @@ def edm_row(
 predictions = {o.name: o for o in (
     Prediction('eps',  lambda a,s: (0*a, 1+0*s), lambda a,s: (1/a, -s/a), lambda a,s: (0*a, 1+0*s)),
     Prediction('x0',   lambda a,s: (1+0*a, 0*s), lambda a,s: (0*a, 1+0*s), lambda a,s: (1/s, -a/s)),
-    Prediction('v',    lambda a,s: (-s, a), lambda a,s: (a/(a*a+s*s), -s/(a*a+s*s)), lambda a,s: (s/(a*a+s*s), a/(a*a+s*s))),
+    Prediction('v',    lambda a,s: (-s, a),
+        lambda a,s: (a/(a*a+s*s), -s/(a*a+s*s)), lambda a,s: (s/(a*a+s*s), a/(a*a+s*s))),
     Prediction('flow', lambda a,s: (-1+0*a, 1+0*s), lambda a,s: (1/(a+s), -s/(a+s)), lambda a,s: (1/(a+s), a/(a+s))),
     edm_row())}
 
 # %% ../../nbs/11_process.gaussian.ipynb #8d49f739
 @dataclass(eq=False)
 class Gaussian:
-    "Diffusion by Gaussian noise: `x_t = alpha x0 + sigma eps`. ValueError for a pair of schedule and prediction that cannot work."
+    "Diffusion by Gaussian noise: `x_t = alpha x0 + sigma eps`. ValueError for a schedule and a row that cannot work."
     schedule:Schedule|str           # signal and noise over time, or a preset's name
     pred:Prediction|str             # what the network gives: 'eps', 'x0', 'v', 'flow', 'edm', or a row
     weight:Callable|None=None       # (process, t) -> weight on the squared error of the target; None is 1
@@ -54,11 +55,14 @@ class Gaussian:
     def __post_init__(self):
         if isinstance(self.schedule, str): self.schedule = create(self.schedule, kind='schedule')
         if isinstance(self.pred, str):
-            if self.pred not in predictions: raise ValueError(f'no prediction is called {self.pred!r}{nearest(self.pred, predictions)}')
+            if self.pred not in predictions:
+                raise ValueError(f'no prediction is called {self.pred!r}{nearest(self.pred, predictions)}')
             self.pred = predictions[self.pred]
         s,last = self.schedule.name, self.schedule(1.)[0]
-        if self.pred.name=='eps' and last==0: raise ValueError(f'{s} leaves no signal at t = 1, where eps says nothing about x0: use v, x0 or flow')
-        if self.pred.name=='edm' and last!=1: raise ValueError(f'edm needs a schedule that does not scale the data (edm), and {s} does')
+        if self.pred.name=='eps' and last==0:
+            raise ValueError(f'{s} leaves no signal at t = 1, where eps says nothing about x0: use v, x0 or flow')
+        if self.pred.name=='edm' and last!=1:
+            raise ValueError(f'edm needs a schedule that does not scale the data (edm), and {s} does')
 
 # %% ../../nbs/11_process.gaussian.ipynb #43b90cce
 @patch
@@ -97,13 +101,23 @@ def net_t(self:Gaussian,
     return t if self.schedule.T is None else t*self.schedule.T-1
 
 @patch
-def coef(self:Gaussian, f:Callable, t:Tensor, x:Tensor)->tuple:
+def coef(self:Gaussian,
+    f:Callable, # (alpha, sigma) -> coefficients
+    t:Tensor,   # times
+    x:Tensor,   # what they will multiply
+)->tuple: # each with x's axes, dtype and device
     "Coefficients of a row at `t`, in float64 until the last moment, ready to multiply `x`."
     alpha,sigma = self.schedule(t)
     return tuple(expand(o, x).to(device=x.device, dtype=x.dtype) for o in f(alpha, sigma))
 
+# %% ../../nbs/11_process.gaussian.ipynb #ae1fb016
 @patch
-def ask(self:Gaussian, call:Callable, x_t:Tensor, t:Tensor, net_t:Tensor|None=None)->Tensor:
+def ask(self:Gaussian,
+    call:Callable,           # `call(x, net_t) -> raw`
+    x_t:Tensor,              # noisy data
+    t:Tensor,                # times
+    net_t:Tensor|None=None,  # time for the network; None derives it from t
+)->Tensor: # as the network gives it
     "The network's raw output at `(x_t, t)`."
     x = x_t if self.pred.scale is None else self.coef(lambda a,s: (self.pred.scale(a, s),), t, x_t)[0]*x_t
     return call(x, (self.net_t(t) if net_t is None else net_t).to(x.device))
@@ -122,7 +136,11 @@ def estimate(self:Gaussian,
     return Est(cx*x_t+cy*raw, ex*x_t+ey*raw)
 
 @patch
-def eps_of(self:Gaussian, x_t:Tensor, x0:Tensor, t:Tensor)->Tensor:
+def eps_of(self:Gaussian,
+    x_t:Tensor, # noisy data
+    x0:Tensor,  # clean estimate, perhaps changed
+    t:Tensor,   # times
+)->Tensor: # noise
     "The noise that goes with a changed estimate: (x_t - alpha x0)/sigma."
     alpha,sigma = self.schedule.at(t, x_t)
     return (x_t-alpha*x0)/sigma
@@ -160,7 +178,11 @@ def step(self:Gaussian,
     return x_s+sd*(rng or Rng()).at('step').normal(like=x_t) if (sd>0).any() else x_s
 
 @patch
-def move(self:Gaussian, x0:Tensor, eps:Tensor, s:Tensor)->Tensor:
+def move(self:Gaussian,
+    x0:Tensor,  # clean data, or its estimate
+    eps:Tensor, # noise, or its estimate
+    s:Tensor,   # times
+)->Tensor: # x_s
     "`alpha_s x0 + sigma_s eps`: the point at time `s` on the line through data and noise."
     alpha,sigma = self.schedule.at(s, x0)
     return alpha*x0+sigma*eps
@@ -175,7 +197,7 @@ def loss(self:Gaussian,
     mask:Bool[Tensor,'b *m']|None=None, # positions that exist: others do not count
     rng:Rng|None=None,                  # where the noise comes from
 )->Loss: # per element, float32
-    "Weighted squared error of the prediction target, per element. ValueError if the network's output has another shape."
+    "Weighted squared error of the target, per element. ValueError if the network's output has another shape."
     x_t,eps = self.corrupt(x0, t, keep, rng)
     raw = self.ask(call, x_t, t)
     if raw.shape!=x0.shape: raise ValueError(f'the network gave {tuple(raw.shape)} for data of {tuple(x0.shape)}')

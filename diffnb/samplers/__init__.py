@@ -16,17 +16,38 @@ from ..guidance import constant
 from ..rng import Rng
 
 # %% ../../nbs/16_samplers.ipynb #563fcd0a
-def look(process, call:Callable, x:Tensor, grid:Grid, i:int, state:dict)->Est:
+def look(
+    process,       # `Gaussian`, `Masked`
+    call:Callable, # `call(x, net_t) -> raw`
+    x:Tensor,      # where we are
+    grid:Grid,     # the times
+    i:int,         # which of them
+    state:dict,    # what the trajectory remembers
+)->Est:
     "The estimate at point `i` of the grid; it is left in `state['est']` for the next step and for pictures."
     est = process.estimate(call, x, grid.t[i:i+1], prev=state.get('est'), net_t=grid.net_t[i:i+1])
     state['est'] = est
     return est
 
-def hold_clean(process, x, known, keep, s, rng):
+def hold_clean(
+    process,      # `Gaussian`, `Masked`
+    x:Tensor,     # a state of the trajectory
+    known:Tensor, # data to hold on to
+    keep:Tensor,  # where
+    s:Tensor,     # the state's time
+    rng:Rng,      # where noise comes from
+)->Tensor: # the state, with `known` where it is held
     "Held positions are clean at all times."
     return torch.where(expand(keep, x), known, x)
 
-def hold_noised(process, x, known, keep, s, rng):
+def hold_noised(
+    process,      # `Gaussian`, `Masked`
+    x:Tensor,     # a state of the trajectory
+    known:Tensor, # data to hold on to
+    keep:Tensor,  # where
+    s:Tensor,     # the state's time
+    rng:Rng,      # where noise comes from
+)->Tensor: # the state, with a draw from q(x_s|known) where it is held
     "Held positions are drawn from q(x_s|known) at each step (Lugmayr et al. 2022, Eq. 8a)."
     return torch.where(expand(keep, x), process.corrupt(known, s, rng=rng)[0], x)
 
@@ -51,19 +72,25 @@ def sample(
     dtype:torch.dtype=torch.float32, # of the samples
     device:str|torch.device|None=None, # where; None is where the network is
 )->Iterator[Tensor]: # x_s after each step; the last is the sample
-    "Walk from noise to data. `*xs, x0 = sample(...)` keeps the whole way. ValueError, before anything runs, for arguments that do not fit."
-    if guide is not None and w!=1: raise ValueError('w belongs to the default guide: give the weight to your guide, or leave guide out')
-    if (known is None)!=(keep is None): raise ValueError('known and keep go together: what is held, and where')
-    for n,o in dict(known=known, x=x).items():
-        if o is not None and o.shape!=tuple(shape): raise ValueError(f'{n} has shape {tuple(o.shape)}, and samples have {tuple(shape)}')
+    "Walk from noise to data. `*xs, x0 = sample(...)` keeps the whole way. ValueError, at once, for what does not fit."
+    _check(shape, guide, w, known, keep, x)
+    g, rng = (grid or uniform())(process, steps), rng or Rng()
     if device is None: device = next((p.device for p in getattr(denoiser, 'parameters', lambda: [])()), 'cpu')
-    g = (grid or uniform())(process, steps)
-    rng, step, hold_at = rng or Rng(), step or ancestral(), lambda x, i: x
-    if keep is not None: hold_at = lambda x, i: hold(process, x, known, keep, g.t[i:i+1], rng.at('hold', step=i))
     if x is None: x = process.prior(shape, rng, t=g.t[0].item(), dtype=dtype, device=device)
     call = (guide or constant(w))(denoiser, cond, uncond, keep, mask)
-    return _walk(denoiser, process, step, call, hold_at, x, g, rng)
+    def hold_at(x, i): return x if keep is None else hold(process, x, known, keep, g.t[i:i+1], rng.at('hold', step=i))
+    return _walk(denoiser, process, step or ancestral(), call, hold_at, x, g, rng)
 
+def _check(shape, guide, w, known, keep, x):
+    "What can be wrong with the arguments is said before the network runs."
+    if guide is not None and w!=1:
+        raise ValueError('w belongs to the default guide: give the weight to your guide, or leave guide out')
+    if (known is None)!=(keep is None): raise ValueError('known and keep go together: what is held, and where')
+    for n,o in dict(known=known, x=x).items():
+        if o is not None and o.shape!=tuple(shape):
+            raise ValueError(f'{n} has shape {tuple(o.shape)}, and samples have {tuple(shape)}')
+
+# %% ../../nbs/16_samplers.ipynb #1ba4bdb0
 def _walk(denoiser, process, step, call, hold_at, x, g, rng):
     "The loop itself. Gradients are off inside each step only: between steps the caller's own setting holds."
     was, state = getattr(denoiser, 'training', False), {}
@@ -85,7 +112,7 @@ def ancestral():
         return process.step(x, est, grid.t[i:i+1], grid.t[i+1:i+2], rng)
     return step
 
-# %% ../../nbs/16_samplers.ipynb #743a6f3f
+# %% ../../nbs/16_samplers.ipynb #a88c1b9e
 @preset('sampler', order=1, stochastic=False)
 def ddim(
     eta:float=0., # share of the ancestral noise: 0 is deterministic, 1 is ancestral
@@ -103,16 +130,22 @@ def ddim(
 
 @preset('sampler', order=1, stochastic=False)
 def euler():
-    "Euler's method on dx/dsigma = eps, in the variable x/alpha: the same as DDIM without noise (Karras et al. 2022, Alg. 1)."
+    "Euler's method on dx/dsigma = eps in x/alpha: the same as DDIM without noise (Karras et al. 2022, Alg. 1)."
     return ddim(0.)
 
-# %% ../../nbs/16_samplers.ipynb #4e1569ca
-def sigma_clock(alpha:Tensor, sigma:Tensor)->tuple:
-    "Scale, clock, and the slope's weights of x0 and eps: x/alpha moves with sigma/alpha."
+# %% ../../nbs/16_samplers.ipynb #d0235773
+def sigma_clock(
+    alpha:Tensor, # signal
+    sigma:Tensor, # noise
+)->tuple: # scale, clock, and the slope's weights of x0 and eps
+    "x/alpha moves with sigma/alpha."
     return alpha, sigma/alpha, 0., 1.
 
-def flow_clock(alpha:Tensor, sigma:Tensor)->tuple:
-    "The same for rectified flow's variable x/(alpha+sigma); finite where alpha is 0."
+def flow_clock(
+    alpha:Tensor, # signal
+    sigma:Tensor, # noise
+)->tuple: # scale, clock, and the slope's weights of x0 and eps
+    "x/(alpha+sigma) moves with sigma/(alpha+sigma); finite where alpha is 0."
     return alpha+sigma, sigma/(alpha+sigma), -1., 1.
 
 @preset('sampler', order=2, stochastic=False)
