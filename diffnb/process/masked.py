@@ -104,7 +104,7 @@ def estimate(self:Masked,
     prev:Est|None=None,       # not needed
     net_t:Tensor|None=None,   # time for the network; None derives it from t
 )->Est: # the most probable tokens, and all log-probabilities
-    "Ask the network and read the distribution of the clean tokens (SUBS, Sahoo et al. 2024, Sec. 3.2.3)."
+    "Ask the network and read the distribution of the clean tokens (SUBS, Sahoo et al. 2024)."
     logp = self.log_probs(call(x_t, (self.net_t(t) if net_t is None else net_t).to(x_t.device)), x_t)
     hidden = x_t==self.mask_id
     best,x0 = logp.max(-1)
@@ -117,9 +117,9 @@ def estimate(self:Masked,
 @patch
 def oracle(self:Masked,
     logp:Callable, # `x_t -> log-probabilities (b,n,v)` of the clean tokens
-)->Callable: # `call(x, net_t) -> raw`
+)->Callable: # `call(x, net_t) -> raw`; it needs no conditions
     "The perfect network for a language whose conditional probabilities are known."
-    def call(x, net_t): return logp(x)
+    def call(x, net_t, **cond): return logp(x)
     call.time_free = True
     return call
 
@@ -142,6 +142,31 @@ def reveal(self:Masked,
     at, as_ = self.schedule(t)[0], self.schedule(s)[0]
     return torch.where(torch.as_tensor(s)>0, (as_-at)/(1-at), 1.) # at s = 0 nothing stays hidden
 
+# %% ../../nbs/12_process.masked.ipynb #e97ecc7d
+@patch
+def due(self:Masked,
+    x_t:Int[Tensor,'b n'],  # tokens, some hidden
+    t:Float[Tensor,'...'],  # where we are
+    s:Float[Tensor,'...'],  # where we go, s < t
+    rng:Rng|None=None,      # where the noise comes from
+)->Bool[Tensor,'b n']:
+    "The hidden tokens that are revealed between `t` and `s`."
+    u = (rng or Rng()).at('due').uniform(*x_t.shape, device=x_t.device)
+    return (x_t==self.mask_id) & (u<expand(self.reveal(t, s), x_t).to(x_t.device))
+
+@patch
+def fill(self:Masked,
+    x_t:Int[Tensor,'b n'],   # tokens
+    est:Est,                 # what the network made of them
+    where:Bool[Tensor,'b n'],# positions to fill
+    rng:Rng|None=None,       # where the noise comes from
+)->Int[Tensor,'b n']:
+    "Draw the tokens at `where` from the estimate, each for itself."
+    u = (rng or Rng()).at('fill').uniform(*x_t.shape, device=x_t.device)
+    x = x_t.clone()
+    x[where] = draw(est.logits[where], u[where][:,None])[:,0]
+    return x
+
 @patch
 def step(self:Masked,
     x_t:Int[Tensor,'b n'],  # tokens, some hidden
@@ -150,12 +175,8 @@ def step(self:Masked,
     s:Float[Tensor,'...'],  # where we go, s < t
     rng:Rng|None=None,      # where the noise comes from
 )->Int[Tensor,'b n']:
-    "Sample `x_s ~ q(x_s|x_t, x0_hat)`: one ancestral step (Sahoo et al. 2024, Eq. 6). Visible tokens stay."
-    u = (rng or Rng()).at('step').uniform(*x_t.shape, 2, device=x_t.device)
-    now = (x_t==self.mask_id) & (u[...,0]<expand(self.reveal(t, s), x_t).to(x_t.device))
-    x_s = x_t.clone()
-    x_s[now] = draw(est.logits[now], u[now][:,1:])[:,0]
-    return x_s
+    "Sample `x_s ~ q(x_s|x_t, x0_hat)`: one ancestral step (Sahoo et al. 2024). Visible tokens stay."
+    return self.fill(x_t, est, self.due(x_t, t, s, rng), rng)
 
 # %% ../../nbs/12_process.masked.ipynb #14a5caa5
 @patch
