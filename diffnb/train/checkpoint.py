@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['optimiser_state', 'restore_optimiser', 'Progress', 'facts', 'recipe_hash', 'save_checkpoint', 'put',
-           'load_checkpoint', 'flat', 'same_run', 'resume', 'checkpoint_in', 'load_weights', 'completed',
+           'load_checkpoint', 'flat', 'same_run', 'resume', 'alone', 'checkpoint_in', 'load_weights', 'completed',
            'load_denoiser']
 
 # %% ../../nbs/54_train.checkpoint.ipynb #895477fc
-import hashlib, json, platform
+import fcntl, hashlib, json, platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from .. import __version__
 from ..core import nearest
 from ..rng import Rng
-from ..store import check_folder, load, load_into, load_json, load_tensors, newest, point, prune
+from ..saving import load, load_into
+from ..store import check_folder, load_json, load_tensors, newest, point, prune
 from ..store import save_json, save_tensors, write_folder
 from .ema import EMA
 
@@ -67,7 +70,8 @@ def facts(
     rng:Rng, # of the run
 )->dict: # JSON
     "What has to be the same for the run to go on as the same run (`seed`, `stream`), and what should be."
-    return dict(seed=rng.seed, stream=rng.stream, torch=torch.__version__, diffnb=__version__, python=platform.python_version())
+    return dict(seed=rng.seed, stream=rng.stream, torch=torch.__version__, diffnb=__version__,
+                python=platform.python_version())
 
 def recipe_hash(
     recipe:dict, # plain values
@@ -86,10 +90,11 @@ def save_checkpoint(
     recipe:dict|None=None,      # plain values, compared when the run goes on
     keep:int=2,                 # complete checkpoints to keep, at least 2
 )->Path: # such as `RUN/step-00001234`
-    "Write a checkpoint; then point `latest` to it, then delete old ones. OSError if it cannot be written: the old ones are still there."
+    "Write a checkpoint, let `latest` name it, delete old ones. OSError if it cannot be written: the old ones stay."
     path = Path(folder)/f'step-{progress.step:08d}'
     moments, rest = optimiser_state(net, opt)
-    files = {'model': net.state_dict(), **{f'ema-{k}': {**e.avg, **e.buffers} for k,e in emas.items()}, 'optim': moments}
+    averages = {f'ema-{k}': {**e.avg, **e.buffers} for k,e in emas.items()}
+    files = {'model': net.state_dict(), **averages, 'optim': moments}
     state = dict(progress=asdict(progress), facts=facts(rng), averages=sorted(emas),
                  recipe=recipe, recipe_hash=None if recipe is None else recipe_hash(recipe))
     with write_folder(path, room=sum(t.numel()*t.element_size() for o in files.values() for t in o.values())) as tmp:
@@ -110,7 +115,7 @@ def put(
     "Fill an average. ValueError unless names and shapes are the same."
     into = {**ema.avg, **ema.buffers}
     wrong = sorted(tensors.keys()^into.keys()) or [k for k,v in tensors.items() if v.shape!=into[k].shape]
-    if wrong: raise ValueError(f'{what} does not fit the average: {wrong[0]} is only there, only here, or has another shape')
+    if wrong: raise ValueError(f'{what} does not fit: {wrong[0]} is only there, only here, or of another shape')
     for k,v in tensors.items(): into[k].copy_(v)
 
 def load_checkpoint(
@@ -161,18 +166,33 @@ def resume(
     rng:Rng,                   # of the run
     recipe:dict|None=None,     # must be the recipe that it was started with
 )->tuple[Progress,list[str]]: # where the run is, and what there is to say about it
-    "Go on from the newest complete checkpoint, or from nothing. ValueError for another recipe or seed, and if all are damaged."
+    "Go on from the newest whole checkpoint, or start; ValueError for another recipe or seed, or if all are damaged."
     path, passed_over = newest(folder)
     notes = [f'passed over {Path(p).name}: {why}' for p,why in passed_over]
-    if path is None and any(not Path(p).name.startswith('.') for p,_ in passed_over): # not just a first save that was killed
+    found = [p for p,_ in passed_over if not Path(p).name.startswith('.')] # hidden: a first save that was killed
+    if path is None and found:
         raise ValueError(f'no checkpoint in {folder} is whole ({"; ".join(notes)}): move them away to start anew')
     if path is None: return Progress(), notes
     state, here = load_json(path/'state.json'), facts(rng)
     for k in ('seed', 'stream'): same_run({k: state['facts'][k]}, {k: here[k]}, Path(folder).name)
     if recipe is not None and state['recipe'] is not None: same_run(state['recipe'], recipe, Path(folder).name)
     for k in ('torch', 'diffnb'):
-        if state['facts'][k]!=here[k]: notes.append(f'{k} was {state["facts"][k]} and is {here[k]}: the same run, but not to the bit')
+        was = state['facts'][k]
+        if was!=here[k]: notes.append(f'{k} was {was} and is {here[k]}: the same run, but not to the bit')
     return load_checkpoint(path, net, opt, emas), [*notes, f'going on from {path.name}']
+
+# %% ../../nbs/54_train.checkpoint.ipynb #eeb224a2
+@contextmanager
+def alone(
+    folder:Path|str|None, # of a run; None locks nothing
+)->Iterator[None]:
+    "Keep other processes out of a run's folder. RuntimeError if one is in it."
+    if folder is None: yield; return
+    with open(Path(folder)/'lock', 'a') as f:
+        try: fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB) # not inherited by workers, which may outlive a killed trainer
+        except OSError:
+            raise RuntimeError(f'another process trains in {folder}: stop it, or use another folder') from None
+        yield
 
 # %% ../../nbs/54_train.checkpoint.ipynb #2f99c823
 def checkpoint_in(
@@ -189,6 +209,7 @@ def checkpoint_in(
         raise FileNotFoundError(f'there is no complete checkpoint in {where}'+(f' ({why})' if why else ''))
     return path
 
+# %% ../../nbs/54_train.checkpoint.ipynb #da85db5f
 def load_weights(
     where:Path|str,          # a run, or one of its checkpoints
     net:nn.Module,           # gets them

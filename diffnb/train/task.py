@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['warm', 'fall', 'constant', 'linear', 'cosine', 'inverse_root', 'decay_groups', 'adamw', 'adam', 'DiffusionTask',
-           'hide', 'pick', 'held_out_loss']
+           'hide', 'pick', 'pieces', 'to', 'seeded', 'held_out_loss']
 
 # %% ../../nbs/52_train.task.ipynb #83da4e0c
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
@@ -86,7 +87,7 @@ def decay_groups(
     groups = {True: [], False: []}
     for k,p in net.named_parameters():
         if p.requires_grad: groups[p.ndim>1 and id(p) not in tables].append((k, p))
-    if not any(groups.values()): raise ValueError('no parameter of the network requires a gradient: there is nothing to train')
+    if not any(groups.values()): raise ValueError('no parameter requires a gradient: there is nothing to train')
     return [dict(params=o, weight_decay=decay if m else 0.) for m,o in groups.items() if o]
 
 @preset('optimiser')
@@ -160,7 +161,8 @@ def loss(self:DiffusionTask,
     if self.conditioner is not None: cond = self.conditioner(cond)
     hidden = drop is not None and cond
     call = hide(self.denoiser, drop, cond, keep, mask) if hidden else bind(self.denoiser, cond, keep, mask)
-    return self.process.loss(call, z, batch['t'].to(z.device), keep=keep, mask=mask, rng=rng.of(batch['idx']).at('noise'))
+    t, rng = batch['t'].to(z.device), rng.of(batch['idx']).at('noise')
+    return self.process.loss(call, z, t, keep=keep, mask=mask, rng=rng)
 
 # %% ../../nbs/52_train.task.ipynb #57fe2d65
 def hide(
@@ -170,7 +172,7 @@ def hide(
     keep:Tensor|None=None,   # positions held clean
     mask:Tensor|None=None,   # positions that exist
 )->Callable: # `call(x, net_t) -> raw`
-    "The network with its conditions bound, and hidden from some samples. ValueError where a condition has no null of its own."
+    "The network with conditions that are hidden from some samples. ValueError where one has no null of its own."
     def call(x, net_t):
         x_u, cond_u = denoiser.null(x, keep=keep, **cond, **({} if mask is None else {'mask': mask}))
         for k,v in cond.items():
@@ -189,6 +191,38 @@ def pick(
     if c is None or u is c: return c
     drop = drop.to(c.device)
     return torch.where(expand(drop, c), u, c)
+
+# %% ../../nbs/52_train.task.ipynb #aca1b51f
+def pieces(
+    batch:dict, # tensors, or dicts of them, all with the same first axis
+    k:int,      # parts
+)->Iterator[dict]:
+    "A batch in k parts of nearly equal length. ValueError if there are fewer samples than parts."
+    n = len(batch['idx'])
+    if n<k: raise ValueError(f'a batch of {n} cannot be cut into {k} parts')
+    def cut(o, s): return {a: cut(b, s) for a,b in o.items()} if isinstance(o, dict) else None if o is None else o[s]
+    for i in range(k): yield cut(batch, slice(n*i//k, n*(i+1)//k))
+
+def to(
+    o,                    # a tensor, or dicts of them
+    device:torch.device,  # where to
+):
+    "Move a batch to a device."
+    if isinstance(o, dict): return {k: to(v, device) for k,v in o.items()}
+    return o.to(device, non_blocking=True) if torch.is_tensor(o) else o
+
+# %% ../../nbs/52_train.task.ipynb #95ef9907
+@contextmanager
+def seeded(
+    rng:Rng,              # of this part of this step
+    device:torch.device,  # where the network is
+):
+    "Let modules draw (dropout) from generators that the key alone decides; afterwards they are as before."
+    gpu = [device.index or 0] if device.type=='cuda' else []
+    with torch.random.fork_rng(gpu):
+        for g in (torch.default_generator, *(torch.cuda.default_generators[i] for i in gpu)):
+            g.manual_seed(rng.torch_seed())
+        yield
 
 # %% ../../nbs/52_train.task.ipynb #445986b8
 @torch.no_grad()
