@@ -261,7 +261,7 @@ def read_images(
 # %% ../../nbs/59_data.files.ipynb #8777a97c
 @preset('dataset')
 def folder(
-    path:str, # of the folder
+    path:str|Path, # of the folder
     **kw,     # of `read_images`
 )->Images:
     "Any folder of images; the class of an image is its subfolder."
@@ -269,7 +269,7 @@ def folder(
 
 @preset('dataset')
 def zip_file(
-    path:str, # of the archive
+    path:str|Path, # of the archive
     **kw,     # of `read_images`
 )->Images:
     "Any zip archive of images; the class of an image is its folder there."
@@ -300,7 +300,7 @@ def cifar_files(
 
 @preset('dataset', classes=10, shape=(3,32,32))
 def cifar10(
-    path:str,          # the folder or archive, or a folder that holds either
+    path:str|Path,     # the folder or archive, or a folder that holds either
     split:str='train', # 50,000 'train' images or 10,000 'test' images
 )->Images: # colour, 32x32
     "CIFAR-10 (Krizhevsky 2009) from its binary archive. ValueError for a file that is cut short."
@@ -320,7 +320,7 @@ IMAGENETTE = dict(n01440764='tench', n02102040='English springer', n02979186='ca
 
 @preset('dataset', classes=10)
 def imagenette(
-    path:str,          # such as imagenette2-160
+    path:str|Path,     # such as imagenette2-160
     split:str='train', # 'train' or 'val'
     size:int=64,       # pixels
     **kw,              # of `read_images`
@@ -332,7 +332,7 @@ def imagenette(
 
 @preset('dataset', classes=1000)
 def imagenet(
-    path:str,          # holds train/ and val/, each with a thousand folders
+    path:str|Path,     # holds train/ and val/, each with a thousand folders
     split:str='train', # 'train' or 'val'
     size:int=256,      # pixels
     **kw,              # of `read_images`
@@ -342,7 +342,7 @@ def imagenet(
 
 @preset('dataset', classes=0, shape=(3,64,64))
 def ffhq64(
-    path:str, # folder or zip archive of the faces, at 64x64 or more
+    path:str|Path, # folder or zip archive of the faces, at 64x64 or more
     **kw,     # of `read_images`
 )->Images: # without labels
     "FFHQ (Karras et al. 2019) at 64x64."

@@ -148,7 +148,7 @@ def find(
 
 @preset('dataset', classes=10, shape=(1,28,28))
 def fashion_mnist_full(
-    path:str|None=None, # folder with the idx files, or torchvision's root; None: where Debian's package puts them
+    path:str|Path|None=None, # folder with the idx files, or torchvision's root; None: where Debian's package puts them
     split:str='train',  # 60,000 'train' images or 10,000 'test' images
 )->Images: # grey, 28x28
     "Fashion-MNIST (Xiao et al. 2017), all of it."
