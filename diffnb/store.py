@@ -295,7 +295,7 @@ def ties(tensors:Mapping[str,Tensor])->dict[str,str]: # name to be left out -> t
 # %% ../nbs/04_store.ipynb #b2d36992
 def save_tensors(
     path:str|PathLike,           # where
-    tensors:Mapping[str,Tensor], # of any shapes; tied ones are stored once, other views each by itself
+    tensors:Mapping,             # name -> tensor; tied ones are stored once, other views each by itself
     meta:Mapping|None=None,      # plain data to go with them
 )->None:
     "Write a safetensors file atomically; equal input gives equal bytes. TypeError names what cannot be stored."
