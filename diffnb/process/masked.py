@@ -84,12 +84,12 @@ def net_t(self:Masked,
 
 @patch
 def log_probs(self:Masked,
-    raw:Float[Tensor,'b n w'], # logits, with or without a column for the mask
+    raw:Float[Tensor,'...'],   # logits `(b,n,w)`, with or without a column for the mask
     x:Int[Tensor,'b n'],       # what the network looked at
 )->Float[Tensor,'b n v']: # float32 or float64
     "Log-probabilities of tokens, -inf for the mask. ValueError if the network's output does not fit."
     widths = sorted({self.vocab, max(self.vocab, self.mask_id+1)})
-    if raw.shape[:2]!=x.shape or raw.shape[2] not in widths:
+    if raw.ndim!=3 or raw.shape[:2]!=x.shape or raw.shape[2] not in widths:
         raise ValueError(f'the network gave {tuple(raw.shape)} for tokens {tuple(x.shape)}: the last axis must have '
             + ' or '.join(map(str, widths)) + ' columns')
     raw = raw[...,:self.vocab].to(torch.promote_types(raw.dtype, torch.float32))
