@@ -20,12 +20,12 @@ class Net(Denoiser):
 @preset('denoiser')
 def saving_toy(vocab=11, d=4, tied=True, sizes=(1, 2)): return Net(vocab, d, tied)
 
-def rewrite(folder, **changes):
+def rewrite(folder, new=None, tensors=None, **changes):
     "The same checkpoint with another config or other tensors, sealed anew."
-    config, (tensors, _) = load_json(folder/'config.json'), load_tensors(folder/'model.safetensors')
+    config, (old, _) = load_json(folder/'config.json'), load_tensors(folder/'model.safetensors')
     with write_folder(folder) as d:
-        save_json(d/'config.json', changes.get('config', config | changes))
-        save_tensors(d/'model.safetensors', changes.get('tensors', tensors))
+        save_json(d/'config.json', config | changes if new is None else new)
+        save_tensors(d/'model.safetensors', old if tensors is None else tensors)
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize('tied', [True, False])
@@ -57,14 +57,14 @@ def test_nothing_importable_is_named(tmp_path):
                      ('saving_toy', {'dim': 3}), ('saving_toy', {'kind': 'denoiser'}), ('saving_toy', {'name': 'x'})):
         rewrite(tmp_path/'net', name=name, kw=kw)
         with pytest.raises(Exception, match='config.json|hint|type'): load(tmp_path/'net')
-    rewrite(tmp_path/'net', name='saving_toi')
+    rewrite(tmp_path/'net', name='saving_toi', kw={})
     with pytest.raises(ValueError, match="config.json.*did you mean 'saving_toy'"): load(tmp_path/'net')
 
 @pytest.mark.parametrize('config', [[], 3, {}, {'format': 1}, dict(format=2, kind='denoiser', name='saving_toy', kw={}),
                                     dict(format=1, kind='denoiser', name='saving_toy', kw={}, more=1)], ids=str)
 def test_other_configurations(tmp_path, config):
     save(create('saving_toy'), tmp_path/'net')
-    rewrite(tmp_path/'net', config=config)
+    rewrite(tmp_path/'net', config)
     with pytest.raises(Damaged, match='config.json'): load(tmp_path/'net')
 
 def test_what_cannot_be_saved(tmp_path):
