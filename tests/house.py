@@ -334,7 +334,7 @@ def no_isinstance(h):
 @rule
 def no_switches(h):
     "No string parameter selects an algorithm: pass the function."
-    words = {'mode', 'method', 'kind', 'type', 'variant', 'algorithm', 'solver', 'prediction_type', 'pred', 'loss_type', 'objective', 'backend'}
+    words = {'mode', 'method', 'variant', 'algorithm', 'solver', 'prediction_type', 'pred', 'loss_type', 'objective', 'backend'}
     for m,f in h.defs(ast.FunctionDef):
         params = {a.arg for a in [*f.args.args, *f.args.kwonlyargs]} & words
         for o in ast.walk(f):

@@ -127,7 +127,7 @@ OFFENDERS = [ # rule, what is changed, what the rule says
     ('no_pickle', dict(core=[fun('return np.load(x, allow_pickle=True)')]), 'np.load'),
     ('no_pickle', dict(core=[fun('return eval(x)')]), 'eval'),
     ('no_isinstance', dict(gaussian=[fun('return isinstance(x, (int, core.Thing))')]), 'isinstance(..., core.Thing)'),
-    ('no_switches', dict(core=[fun("return x if kind=='eps' else 0", 'def f(\n    x:int, # a number\n    kind:str, # which\n):')]), 'compares kind with a string'),
+    ('no_switches', dict(core=[fun("return x if mode=='eps' else 0", 'def f(\n    x:int, # a number\n    mode:str, # which\n):')]), 'compares mode with a string'),
     ('names_defined', dict(core=[fun('return gone')]), "undefined name 'gone'"),
     ('names_defined', dict(core=['#| export\nimport math']), 'imported but unused'),
     ('said_once', dict(core=[fun('y = x\nz = y\nreturn z')], dit=[fun('y = x\nz = y\nreturn z', doc='"Other words."')]), 'f again'),
