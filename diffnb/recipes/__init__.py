@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRANSFORMS', 'PARTS', 'FREE', 'Data', 'Process', 'Sample', 'Eval', 'Train', 'Recipe', 'shipped', 'read', 'keys',
-           'check_keys', 'make', 'each_part', 'recipe_parser', 'merge', 'check', 'check_numbers', 'ends', 'process',
-           'task_parts', 'data_facts', 'defaults', 'conditions', 'check_fit', 'Built', 'no_label', 'build', 'options',
-           'identity']
+           'check_keys', 'make', 'each_part', 'recipe_parser', 'merge', 'check', 'consistent', 'check_numbers', 'ends',
+           'process', 'task_parts', 'data_facts', 'defaults', 'conditions', 'check_fit', 'Built', 'no_label', 'build',
+           'options', 'identity']
 
 # %% ../../nbs/70_recipes.ipynb #c7cd3afa
 import inspect, json
@@ -203,15 +203,23 @@ def check(
     tree:dict,                  # of a recipe, as written
     overrides:Sequence[str]=(), # such as '--train.steps=5'
 )->Recipe: # complete; every part a dict with its name
-    "A recipe whose every key, name, value and shape has been checked. ValueError or FileNotFoundError in one line."
+    "A recipe that can be run. ValueError or FileNotFoundError, in one line, for anything that is wrong with it."
+    r = consistent(tree, overrides)
+    path = Path(r.data.set.get('path', '.'))
+    if not path.exists(): raise FileNotFoundError(f'data.set.path: {path} is not there')
+    return r
+
+def consistent(
+    tree:dict,                  # of a recipe, as written
+    overrides:Sequence[str]=(), # such as '--train.steps=5'
+)->Recipe: # complete; every part a dict with its name
+    "A recipe whose keys, names, values and shapes are checked; its files may be elsewhere. ValueError in one line."
     check_keys(tree)
     if 'model' not in tree and not any(o.startswith('--model') for o in overrides):
         raise ValueError('a recipe needs a model')
     sub = dict(data=Data, process=Process, train=Train, sample=Sample, eval=Eval)
     r = ends(Recipe(**{k: sub[k](**v) if k in sub else v for k,v in merge(tree, overrides).items()}))
     check_numbers(r)
-    path = Path(r.data.set.get('path', '.'))
-    if not path.exists(): raise FileNotFoundError(f'data.set.path: {path} is not there')
     process(r); task_parts(r); make('grid', r.sample.grid)
     check_fit(r, *data_facts(r))
     return r
@@ -226,8 +234,9 @@ def check_numbers(r:Recipe)->None: # parts checked
     if t.accumulate>t.batch: raise ValueError(f'train.accumulate = {t.accumulate} parts of a batch of {t.batch}')
     if not 0<=t.drop<=1: raise ValueError(f'train.drop is a probability, not {t.drop}')
     if r.data.workers<0: raise ValueError(f'data.workers cannot be {r.data.workers}')
-    words = [('train.amp', t.amp, ['null', 'bfloat16', 'float16']), *(('eval.metrics', v, list(m)) for v in r.eval.metrics)]
-    for k,v,o in [*words, ('sample.average', r.sample.average, ['null', *t.averages])]:
+    words = [('train.amp', t.amp, ['null', 'bfloat16', 'float16']),
+             ('sample.average', r.sample.average, ['null', *t.averages])]
+    for k,v,o in words+[('eval.metrics', v, list(m)) for v in r.eval.metrics]:
         if (v or 'null') not in o: raise ValueError(f'{k} cannot be {v!r}{nearest(v, o)}')
 
 # %% ../../nbs/70_recipes.ipynb #4e42b5b9

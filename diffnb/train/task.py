@@ -136,7 +136,7 @@ def draw(self:DiffusionTask,
 )->dict: # the batch with times `t`, and `drop` where conditions are dropped
     "Draw the times of a batch, and which samples go without their conditions."
     n, rng = len(batch['idx']), rng.of(batch['idx'])
-    out = {**batch, 't': self.times(rng.at('times'), n)}
+    out = {**batch, 't': self.process.schedule.snap(self.times(rng.at('times'), n))}
     if self.drop: out['drop'] = rng.at('drop').bernoulli(torch.full((n,), float(self.drop)))
     return out
 
@@ -154,7 +154,7 @@ def loss(self:DiffusionTask,
     batch:dict, # a batch, drawn or not
     rng:Rng,    # of the run, at this step
 )->Loss: # per element
-    "The process's loss on a batch."
+    "The process's loss on a batch, and the codec's where it has one."
     if 't' not in batch: batch = self.draw(batch, rng)
     z = batch['z'] if 'z' in batch else self.encode(batch['x'])
     keep, mask, drop, cond = (batch.get(k) for k in ('keep', 'mask', 'drop', 'cond'))
@@ -162,7 +162,9 @@ def loss(self:DiffusionTask,
     hidden = drop is not None and cond
     call = hide(self.denoiser, drop, cond, keep, mask) if hidden else bind(self.denoiser, cond, keep, mask)
     t, rng = batch['t'].to(z.device), rng.of(batch['idx']).at('noise')
-    return self.process.loss(call, z, t, keep=keep, mask=mask, rng=rng)
+    loss = self.process.loss(call, z, t, keep=keep, mask=mask, rng=rng)
+    own = None if self.codec is None or 'x' not in batch else self.codec.loss(batch['x'], z)
+    return loss if own is None else loss._replace(value=loss.value+expand(own, loss.value))
 
 # %% ../../nbs/52_train.task.ipynb #57fe2d65
 def hide(
