@@ -105,7 +105,7 @@ class Seen:
     maps:Normal|None=None        # moments of the feature maps
 
 def look(
-    images:Iterable[UInt8[Tensor,'b c h w']], # batches of bytes, all of one size
+    images:Iterable[UInt8[Tensor,'_ _ _ _']], # batches of bytes, all of one size
     extractor:Extractor,                      # what to see them with
     keep:int=50_000,                          # features and logits kept, from the first images on
 )->Seen:
@@ -183,7 +183,7 @@ def record(
         for k,v in dict(extractor=o.name, weights=o.weights, resize=o.resize, dtype=o.dtype).items():
             if identity[k]!=v: raise ValueError(f'samples and reference differ in {k}: {identity[k]!r} and {v!r}')
         identity |= dict(reference=reference.id, n_reference=reference.n)
-    return Record(metric, float(value), samples=samples.id, n=samples.n, **identity, **more)
+    return Record(metric, value, samples=samples.id, n=samples.n, **identity, **more)
 
 def frechet_record(
     metric:str,    # its name
@@ -274,8 +274,8 @@ def kid(
     rng = Rng(seed, 'kid')
     def pick(o, name, i): return o[rng.at(name, step=i).permutation(len(o))[:size]]
     v = torch.tensor([mmd2(pick(x, 'samples', i), pick(y, 'reference', i)) for i in range(subsets)]).double()
-    sd = v.std().item() if subsets>1 else None
-    return record('kid', samples, reference, v.mean(), sd=sd, params=f'subsets={subsets}, size={size}, seed={seed}')
+    sd, params = v.std().item() if subsets>1 else None, f'subsets={subsets}, size={size}, seed={seed}'
+    return record('kid', samples, reference, v.mean().item(), sd=sd, params=params)
 
 # %% ../../nbs/60_metrics.images.ipynb #7ee57720
 def score(
@@ -298,7 +298,7 @@ def inception_score(
     if len(samples.logits)<splits: raise ValueError(f'{splits} parts of {len(samples.logits)} images: take more images')
     v = torch.tensor([score(o) for o in samples.logits.tensor_split(splits)])
     sd = v.std().item() if splits>1 else None
-    return record('inception_score', samples, None, v.mean(), sd=sd, params=f'splits={splits}')
+    return record('inception_score', samples, None, v.mean().item(), sd=sd, params=f'splits={splits}')
 
 # %% ../../nbs/60_metrics.images.ipynb #d7655d54
 def radii2(
