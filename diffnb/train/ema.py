@@ -17,8 +17,8 @@ from ..samplers import sample
 # %% ../../nbs/53_train.ema.ipynb #28c3110b
 @preset('average')
 def halflife(
-    images:float=500_000, # H: images after which half is forgotten
-    rampup:float=.05,     # r: at most this share of the images seen so far
+    images:float|int=500_000, # H: images after which half is forgotten
+    rampup:float|int=.05,     # r: at most this share of the images seen so far
 )->Callable: # `(images seen, images in the batch) -> beta`
     "Forget half after `images` images (Karras et al. 2022, Appendix F.2)."
     if not (images>0 and rampup>0): raise ValueError(f'a half-life is positive: images={images}, rampup={rampup}')
@@ -29,7 +29,7 @@ def halflife(
 
 @preset('average')
 def warmed(
-    decay:float=.9999, # beta of a step, once warm
+    decay:float|int=.9999, # beta of a step, once warm
 )->Callable: # `(images seen, images in the batch) -> beta`
     "A fixed decay per step, reached from below."
     if not 0<=decay<1: raise ValueError(f'a decay is from 0 to below 1, not {decay}')

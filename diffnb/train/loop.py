@@ -31,7 +31,7 @@ from ..viz import buckets, save_png
 class Options:
     "How a run is run. ValueError for numbers that cannot be."
     accumulate:int=1            # parts in which a batch goes through the network
-    clip:float|None=1.          # greatest norm of the gradient; None leaves it
+    clip:float|int|None=1.       # greatest norm of the gradient; None leaves it
     amp:torch.dtype|None=None   # bfloat16 or float16 for the network's arithmetic; None is float32
     save_every:int=1000         # steps between checkpoints
     keep:int=2                  # checkpoints that are kept

@@ -21,17 +21,17 @@ from ..weights import uniform_times
 
 # %% ../../nbs/52_train.task.ipynb #6d660e63
 def warm(
-    n:float,      # images seen
-    warmup:float, # images of the warm-up
+    n:float|int,      # images seen
+    warmup:float|int, # images of the warm-up
 )->float: # from 0 to 1
     "The share of the learning rate that is reached."
     return min(1., n/warmup) if warmup>0 else 1.
 
 def fall(
-    lr:float,       # learning rate after the warm-up
-    warmup:float,   # images of the warm-up
-    end:float,      # images after which the floor is reached
-    floor:float,    # share of `lr` that is left then
+    lr:float|int,       # learning rate after the warm-up
+    warmup:float|int,   # images of the warm-up
+    end:float|int,      # images after which the floor is reached
+    floor:float|int,    # share of `lr` that is left then
     shape:Callable, # falls from 1 to 0 over [0,1]
 )->Callable: # images seen -> learning rate
     "Warm up, then follow `shape` down to the floor. ValueError unless `end` is after the warm-up."
@@ -42,37 +42,37 @@ def fall(
 # %% ../../nbs/52_train.task.ipynb #b184117f
 @preset('lr')
 def constant(
-    lr:float=1e-4,  # learning rate
-    warmup:float=0, # images over which it is reached
+    lr:float|int=1e-4,  # learning rate
+    warmup:float|int=0, # images over which it is reached
 )->Callable: # images seen -> learning rate
     "Warm up, then stay."
     return lambda n: lr*warm(n, warmup)
 
 @preset('lr')
 def linear(
-    lr:float=1e-4,  # learning rate after the warm-up
-    warmup:float=0, # images over which it is reached
-    end:float=1e6,  # images after which the floor is reached
-    floor:float=0., # share of `lr` that is left then
+    lr:float|int=1e-4,  # learning rate after the warm-up
+    warmup:float|int=0, # images over which it is reached
+    end:float|int=1e6,  # images after which the floor is reached
+    floor:float|int=0., # share of `lr` that is left then
 )->Callable: # images seen -> learning rate
     "Warm up, then fall in a straight line."
     return fall(lr, warmup, end, floor, lambda u: 1-u)
 
 @preset('lr')
 def cosine(
-    lr:float=1e-4,  # learning rate after the warm-up
-    warmup:float=0, # images over which it is reached
-    end:float=1e6,  # images after which the floor is reached
-    floor:float=0., # share of `lr` that is left then
+    lr:float|int=1e-4,  # learning rate after the warm-up
+    warmup:float|int=0, # images over which it is reached
+    end:float|int=1e6,  # images after which the floor is reached
+    floor:float|int=0., # share of `lr` that is left then
 )->Callable: # images seen -> learning rate
     "Warm up, then half a cosine (Loshchilov & Hutter 2017)."
     return fall(lr, warmup, end, floor, lambda u: (1+math.cos(math.pi*u))/2)
 
 @preset('lr')
 def inverse_root(
-    lr:float=1e-4,    # learning rate after the warm-up
-    warmup:float=0,   # images over which it is reached
-    hold:float=1e6,   # images up to which it stays
+    lr:float|int=1e-4,    # learning rate after the warm-up
+    warmup:float|int=0,   # images over which it is reached
+    hold:float|int=1e6,   # images up to which it stays
 )->Callable: # images seen -> learning rate
     "Warm up, stay, then fall as one over the root (Karras et al. 2024, Eq. 67)."
     return lambda n: lr*warm(n, warmup)*min(1., (hold/n)**.5 if n>0 else 1.)
@@ -80,7 +80,7 @@ def inverse_root(
 # %% ../../nbs/52_train.task.ipynb #8b3a0eb2
 def decay_groups(
     net:nn.Module, # what is to be trained
-    decay:float,   # weight decay of the matrices and kernels
+    decay:float|int,   # weight decay of the matrices and kernels
 )->list[dict]: # parameter groups with names
     "Matrices and kernels decay; vectors, scalars and embedding tables do not. ValueError if nothing can be trained."
     tables = {id(p) for m in net.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -92,17 +92,17 @@ def decay_groups(
 
 @preset('optimiser')
 def adamw(
-    decay:float=.01,                      # weight decay of the matrices
-    betas:tuple[float,float]=(.9, .999),  # decay of the two moments
-    eps:float=1e-8,                       # added to the root of the second
+    decay:float|int=.01,                      # weight decay of the matrices
+    betas:tuple|list=(.9, .999),  # decay of the two moments
+    eps:float|int=1e-8,                       # added to the root of the second
 )->Callable: # network -> optimiser
     "AdamW (Loshchilov & Hutter 2019)."
     return lambda net: torch.optim.AdamW(decay_groups(net, decay), betas=tuple(betas), eps=eps)
 
 @preset('optimiser')
 def adam(
-    betas:tuple[float,float]=(.9, .999),  # decay of the two moments
-    eps:float=1e-8,                       # added to the root of the second
+    betas:tuple|list=(.9, .999),  # decay of the two moments
+    eps:float|int=1e-8,                       # added to the root of the second
 )->Callable: # network -> optimiser
     "Adam without weight decay, as EDM uses it."
     return lambda net: torch.optim.Adam(decay_groups(net, 0.), betas=tuple(betas), eps=eps)
@@ -116,7 +116,7 @@ class DiffusionTask:
     codec:nn.Module|None=None        # data space <-> diffusion space; None trains on the data as it is
     conditioner:Callable|None=None   # a batch's raw `cond` -> the network's
     times:Callable=uniform_times()   # `(rng, n) -> (n,)`: how often each time is trained
-    drop:float=0.                    # share of samples that go without their conditions, for guidance
+    drop:float|int=0.                    # share of samples that go without their conditions, for guidance
     optimiser:Callable=adamw()       # network -> optimiser
     lr:Callable=constant()           # images seen -> learning rate
     def __post_init__(self):
