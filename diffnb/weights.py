@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 from .core import create, preset
-from .rng import Rng
 from .schedules import Schedule
 
 # %% ../nbs/13_weights.ipynb #d1dca858

@@ -57,7 +57,13 @@ def pixels():
 # %% ../../nbs/30_codec.core.ipynb #4a3bd262
 class TokenCodec(Codec):
     "Tokens as vectors of equal length, read by the same table. ValueError for sizes that are not positive."
-    def __init__(self, vocab:int, dim:int, scale:float=1., learn:bool=True, seed:int=0):
+    def __init__(self,
+        vocab:int,         # tokens
+        dim:int,           # components of a vector
+        scale:float=1.,    # root mean square of a component
+        learn:bool=True,   # whether the table is trained
+        seed:int=0,        # of the first table
+    ):
         super().__init__()
         if vocab<1 or dim<1 or not 0<scale<math.inf:
             raise ValueError(f'vocab, dim and scale must be positive, not {vocab}, {dim}, {scale}')
