@@ -10,10 +10,10 @@ from PIL import Image
 from diffnb.core import create, presets
 from diffnb.data.augment import (MULTIPLIERS, affine, augment_labels, downsample, draw_augment, edm_augment, mirror,
                                  upsample, warp)
-from diffnb.data.files import (BadImage, cifar10, decode, ffhq64, folder, imagenet, imagenette, in_zip, read_images,
+from diffnb.data.files import (BadImage, cifar10, decode, ffhq64, folder, imagenet, imagenette, in_zip, opened,
                                zip_file)
 from diffnb.data.images import (Images, Stream, batches, center_crop, drop_label, emoji, fashion_mnist,
-                                fashion_mnist_full, fit, floats, hflip, image_at, once, positions, random_crop, resize,
+                                fashion_mnist_full, fit, floats, hflip, image_at, once, random_crop, resize,
                                 to_float, to_uint8)
 from diffnb.rng import Rng
 
@@ -122,6 +122,15 @@ def test_workers_leave_the_global_generator_alone(garments):
 def test_resume_is_start(garments):
     whole = list(itertools.islice(batches(garments, 50, Rng(2), transforms=TRANSFORMS), 8))
     for k in (0, 3, 7): assert same(next(batches(garments, 50, Rng(2), start=50*k, transforms=TRANSFORMS)), whole[k])
+
+def test_batches_draw_anew(garments):
+    "Flips are keyed by the position in the row, so that they differ from batch to batch and from epoch to epoch."
+    small = garments.take(torch.arange(40))
+    def flipped(idx):
+        b = Stream(small, Rng(0), [hflip])[idx]
+        return (b['x']!=small.pixels[b['sample']]).flatten(1).any(1)[b['sample'].argsort()]
+    a, b = (flipped(torch.arange(k*40, k*40+40)) for k in (0, 1))
+    assert 5<(a!=b).sum()<35
 
 def test_ranks_share_the_row(garments):
     whole = list(itertools.islice(batches(garments, 24, Rng(2)), 3))
@@ -266,6 +275,13 @@ def test_archive_on_disk_with_workers(tree, tmp_path):
     ds.image(0)                                                               # opened here first
     one, two = (list(itertools.islice(batches(ds, 6, Rng(0), workers=w), 8)) for w in (0, 2))
     assert all(map(same, one, two))
+
+def test_archives_are_opened_once_a_process(tree, tmp_path, monkeypatch):
+    ds = zip_file(zipped(tmp_path/'set.zip', [('a.png', png(pictures(1)[0]))]), limit=0)
+    ds.image(0); mine = opened.cache_info().misses
+    ds.image(0); assert opened.cache_info().misses==mine
+    monkeypatch.setattr('os.getpid', lambda: -1)                              # as in a worker
+    ds.image(0); assert opened.cache_info().misses==mine+1
 
 def test_a_bad_file_in_a_worker_is_one_clear_line(tree):
     ds = folder(tree, limit=0)

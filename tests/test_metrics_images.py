@@ -10,7 +10,7 @@ from torch import nn
 from diffnb.core import presets
 from diffnb.data.images import fashion_mnist, once, to_float, to_uint8
 from diffnb.metrics.features import (FashionFeatures, accuracy, clip_score, consistency, fashion_features, fid10k, fid50k,
-                                     inception, keyed_init, read_weights, see_garments, train_fashion_features)
+                                     inception, keyed_init, read_weights, train_fashion_features)
 from diffnb.metrics.images import (BLOCK, Extractor, Moments, Normal, Record, Seen, compare, fid, fid_infinity, frechet,
                                    inception_score, kid, look, mmd2, precision, radii2, recall, recipe, score, sfid)
 from diffnb.rng import Rng

@@ -248,7 +248,7 @@ def cubic(
     y:Float64[Tensor,'m d'], # points
 )->Float64[Tensor,'n m']:
     "The polynomial kernel of KID."
-    return (x@y.T/x.shape[1]+1)**3
+    return (x@y.T).div_(x.shape[1]).add_(1).pow_(3)
 
 def mmd2(
     x:Float64[Tensor,'n d'],  # one cloud
