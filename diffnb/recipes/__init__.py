@@ -122,7 +122,7 @@ def read(
 def keys(
     cls:type=Recipe, # a dataclass
     prefix:str='',   # of the names
-)->dict[str,type]: # dotted name -> type
+)->dict: # dotted name -> type
     "All keys of a recipe."
     out = {}
     for k,t in get_type_hints(cls).items():

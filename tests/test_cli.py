@@ -1,0 +1,156 @@
+"The command line: mistakes cost one line and exit code 2 and write nothing; the rest works on a small network."
+import json, os, subprocess, sys
+from pathlib import Path
+import numpy as np
+import pytest
+from PIL import Image
+from diffnb.cli import main
+from diffnb.recipes import check, consistent, read, shipped
+
+TINY = '''
+about: a small network for garments
+model: {name: diffit_tiny, size: 28, ch: 1}
+train: {steps: 4, batch: 8, drop: 0.1, save_every: 2, log_every: 1, sample_every: 4, lr: {name: constant, lr: 1.0e-3}}
+sample: {n: 10, steps: 2, sampler: euler}
+eval: {n: 70, metrics: [fid, kid]}
+'''
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "An empty folder with a recipe in it."
+    monkeypatch.chdir(tmp_path)
+    Path('tiny.yaml').write_text(TINY)
+    return tmp_path
+
+def files(root): return {str(p.relative_to(root)): p.read_bytes() for p in Path(root).rglob('*') if p.is_file()}
+
+def ask(words, capsys):
+    "Exit code, what was written to stdout, and to stderr."
+    capsys.readouterr()
+    code = main(words if isinstance(words, list) else words.split())
+    out, err = capsys.readouterr()
+    return code, out, err
+
+WRONG = { # command -> what the one line says
+    'train fashon_quickstart': "did you mean 'fashion_quickstart'",
+    'train missing.yaml': 'there is no file missing.yaml',
+    'train broken.yaml': 'broken.yaml, line 3',
+    'train list.yaml': 'holds no recipe',
+    'train binary.yaml': 'is not text',
+    'train key.yaml': "train.stepz (did you mean 'train.steps'?)",
+    'train nomodel.yaml': 'a recipe needs a model',
+    'train tiny.yaml --train.stepz=5': "no flag --train.stepz (did you mean 'train.steps'?)",
+    'train tiny.yaml --steps 5': 'no flag --steps',
+    'train tiny.yaml --train.steps=many': 'train.steps: expected int, not many',
+    'train tiny.yaml --train.steps': '--train.steps needs a value',
+    'train tiny.yaml --train.steps=0': 'train.steps must be at least 1',
+    'train tiny.yaml --train.accumulate=9': 'train.accumulate = 9 parts of a batch of 8',
+    'train tiny.yaml --train.drop=1.5': 'train.drop is a probability',
+    'train tiny.yaml --train.amp=float61': "did you mean 'float16'",
+    'train tiny.yaml --model=diffit_tinny': "no denoiser is called 'diffit_tinny' (did you mean 'diffit_tiny'?)",
+    'train tiny.yaml --model.heads=3': "diffit_tiny has no argument 'heads'",
+    'train tiny.yaml --model.size=30': 'diffit_tiny: ',
+    'train tiny.yaml --model.ch=3': 'takes 3x28x28, and fashion_mnist has images of 1x28x28',
+    'train tiny.yaml --model.classes=7': 'has 7 classes, and fashion_mnist has 10',
+    'train tiny.yaml --data.set=cifar10': 'missing path',
+    'train folder.yaml': 'data.set.path: no/such/folder is not there',
+    'train tiny.yaml --process.pred=eps': 'use v, x0 or flow',
+    'train tiny.yaml --process.schedule=strait': "did you mean 'straight'",
+    'train tiny.yaml --train.lr.name=cosine --train.lr.end=5 --train.lr.warmup=10': 'its warm-up ends at 10',
+    'train tiny.yaml --sample.average=emma': "did you mean 'ema'",
+    'train tiny.yaml --eval.metrics=[fid,fud]': "eval.metrics cannot be 'fud'",
+    'train tiny.yaml --out tiny.yaml': 'is a file',
+    'train': 'missing recipe',
+    'trian tiny.yaml': "did you mean 'train'",
+    'sample nowhere --out x.png': 'there is no run or weights nowhere',
+    'sample empty --out x.png': 'there is no complete checkpoint in empty',
+    'sample tiny.yaml': 'missing out',
+    'sample tiny.yaml --out x.png --nn 3': "no flag --nn",
+    'sample tiny.yaml --out x.png --n three': 'n: expected int or null, not three',
+    'eval nowhere': 'there is no run',
+    'list sampelr': "did you mean 'sampler'",
+    'params diffit_cifar': "did you mean 'diffit_cifar10'",
+}
+
+@pytest.mark.parametrize('words', WRONG)
+def test_mistakes(words, here, capsys):
+    Path('empty').mkdir()
+    Path('broken.yaml').write_text('model: diffit_tiny\ntrain: {steps: [\n')
+    Path('list.yaml').write_text('- 1\n- 2\n')
+    Path('binary.yaml').write_bytes(b'\xff\xfe\x00\x01model')
+    Path('key.yaml').write_text(TINY.replace('steps: 4', 'stepz: 4'))
+    Path('nomodel.yaml').write_text('train: {steps: 4}\n')
+    Path('folder.yaml').write_text(TINY+'data: {set: {name: folder, path: no/such/folder, size: 28, channels: 1}}\n')
+    before = files(here)
+    code, out, err = ask(words, capsys)
+    assert code==2 and WRONG[words] in err, err
+    assert err.startswith('diffnb: ') and err.count('\n')==1 and len(err)<400 and not out
+    assert files(here)==before and not Path('runs').exists()
+
+def test_session(here, capsys):
+    "Train, go on, sample, measure; then the mistakes that need a run."
+    assert ask('train tiny.yaml --out run --train.steps=2', capsys)[0]==0
+    code, out, _ = ask('train tiny.yaml --out run', capsys)
+    assert code==0 and 'run has 4 steps, 32 images' in out and 'going on from step-00000002' in Path('run/log.txt').read_text()
+    assert Path('run/samples/step-00000004.png').exists() and len(Path('run/log.jsonl').read_text().splitlines())==4
+    assert ask('train tiny.yaml --out run', capsys)[0]==0 # nothing left to do
+    before = files(here)
+    assert ask('train tiny.yaml --out run --train.batch=16', capsys)[2].startswith('diffnb: run was started with train.batch = 8')
+    assert ask('sample run --out x.gif', capsys)[0]==2 and ask('sample run --y 10 --out x.png', capsys)[0]==2
+    assert ask('sample run --sampler heum --out x.png', capsys)[2].strip().endswith("(did you mean 'heun'?)")
+    assert ask('sample run --out no/x.png', capsys)[0]==2 and 'too few' in ask('eval run --n 64', capsys)[2]
+    assert files(here)==before
+    assert ask('sample run --n 12 --steps 3 --sampler ddim --w 1.5 --y 3 --seed 1 --out x.npz', capsys)[0]==0
+    with np.load('x.npz') as z: assert z['x'].shape==(12, 28, 28, 1) and z['x'].dtype==np.uint8 and (z['y']==3).all()
+    assert ask('sample run/step-00000004 --out x.png', capsys)[0]==0
+    assert Image.open('x.png').size==(291, 30) # ten classes side by side
+    code, out, _ = ask('eval run', capsys)
+    assert code==0 and 'fid' in out and 'kid' in out
+    assert [json.loads(o)['metric'] for o in Path('run/eval.jsonl').read_text().splitlines()]==['fid', 'kid']
+
+def test_quickstart(here, capsys):
+    "The quickstart, with a network for tests."
+    small = ['--model.name=diffit_tiny', '--model.size=28', '--model.ch=1', '--train.steps=3', '--train.batch=8', '--train.log_every=1']
+    small += ['--sample.n=20', '--sample.steps=2', '--eval.n=70']
+    code, out, err = ask(['quickstart', *small], capsys)
+    assert code==0, err
+    for name in ('samples.png', 'strip.png', 'loss.png'): assert Image.open(f'quickstart/{name}').size[0]>200
+    assert 'fid' in out and 'see quickstart' in out
+
+def test_print_config(here, capsys):
+    "What is printed is a recipe, and the same one; nothing is written."
+    before = files(here)
+    code, text, _ = ask('train tiny.yaml --print_config --train.lr.lr=3e-3', capsys)
+    assert code==0 and files(here)==before and 'lr: 0.003' in text
+    Path('full.yaml').write_text(text)
+    assert ask('train full.yaml --print_config', capsys)[1]==text
+
+def test_lists(capsys):
+    code, out, _ = ask('list', capsys)
+    assert code==0 and all(o in out for o in ('diffit_cifar10', 'heun', 'fashion_quickstart', 'cosine', 'kid'))
+    assert 'diffit' not in ask('list sampler', capsys)[1]
+    assert '193' not in ask('params diffit_tiny', capsys)[2] and 'parameters' in ask('params diffit_tiny', capsys)[1]
+    assert ask('--version', capsys)[0]==0 and 'quickstart' in ask('', capsys)[1]
+
+@pytest.mark.parametrize('command', ['train', 'sample', 'eval', 'list', 'params', 'quickstart'])
+def test_help(command, capsys):
+    code, out, _ = ask([command, '--help'], capsys)
+    assert code==0 and f'diffnb {command}' in out
+
+@pytest.mark.parametrize('name', shipped())
+def test_shipped(name, tmp_path):
+    "Shipped recipes are consistent; with their files in place they would run."
+    r = consistent(read(name))
+    assert r.about and r.train.steps>0
+
+def test_a_recipe_names_no_code(tmp_path):
+    for bad in ('model: {class_path: os.system}', 'model: {name: os.system}', 'model: diffit_tiny\nsample: {sampler: {name: heun, clock: os.system}}',
+                'model: diffit_tiny\nprocess: {schedule: {name: survival, schedule: {fn: os.system}}}', 'model: !!python/object/apply:os.system [ls]'):
+        (tmp_path/'bad.yaml').write_text(bad)
+        with pytest.raises(ValueError): check(read(tmp_path/'bad.yaml'))
+
+def test_in_a_shell(here):
+    "As a process: the exit code, and nothing but the line."
+    res = subprocess.run([sys.executable, '-c', 'import sys; from diffnb.cli import main; sys.exit(main())', 'train', 'tiny.yaml', '--train.steps=x'],
+                         capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert (res.returncode, res.stdout, res.stderr) == (2, '', 'diffnb: train.steps: expected int, not x\n')
