@@ -210,6 +210,8 @@ def test_subs(mask_id, dtype):
         if mask_id<8: assert (est.logits[...,mask_id]==-torch.inf).all()
         assert (est.x0[~hidden]==x0[~hidden]).all() and (est.logits[~hidden].exp()==F.one_hot(x0[~hidden], 8)).all()
         assert (est.x0[hidden]==est.logits[hidden].argmax(-1)).all()
+        others = [v for v in range(8) if v!=mask_id]
+        assert torch.allclose(est.logits[hidden][:,others], raw[hidden][:,others].to(est.logits.dtype).log_softmax(-1))
 
 @pytest.mark.parametrize('name', presets('masked_sampler'))
 @pytest.mark.parametrize('N', [1, 2, 3, 7, 50])
@@ -351,6 +353,7 @@ def test_impossible_tokens_are_never_drawn():
     logits = torch.tensor([-torch.inf, 0., -torch.inf, -745., -torch.inf])
     ends = torch.tensor([2.**-54, .5, 1-2.**-53], dtype=F64)
     assert set(draw(logits, ends).tolist()) <= {1, 3}
+    assert draw(torch.zeros(4), torch.tensor([.25, .5, .75, .7499999], dtype=F64)).tolist()==[1, 2, 3, 2] # sum exceeds u
     assert set(draw(torch.tensor([-torch.inf, 1., 1., -torch.inf]), Rng(27).uniform(1, 10_000)[0]).tolist())=={1, 2}
 
 def test_draw_stays_inside():
@@ -432,6 +435,8 @@ def test_errors():
         for f in (lambda: p.corrupt(y, t), lambda: p.loss(never, y, t), lambda: p.nelbo(never, y),
                   lambda: p.exact_nelbo(never, y[:,:4])):
             with pytest.raises(ValueError, match=f'sample 1, position 3 {say}'): f()
+    with pytest.raises(ValueError, match='sample 0, position 5 holds the mask, id 2: clean data have none'):
+        Masked('straight', 2, 8).corrupt(torch.tensor([[0, 1, 3, 4, 5, 2]]), t)
     for shape in ((2, 16, 7), (2, 16, 10), (2, 15, 8), (2, 16)):
         with pytest.raises(ValueError, match='8 or 9 columns'): p.loss(lambda x, net_t: torch.zeros(shape), x, t)
     with pytest.raises(ValueError, match='2\\^16 sets'): p.exact_nelbo(never, x)
