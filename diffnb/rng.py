@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
-from jaxtyping import Bool, Float, Float64, Int64, UInt64
+from jaxtyping import Bool, Float, Float64, Int, Int64, UInt64
 from torch import Tensor
 
 # %% ../nbs/03_rng.ipynb #b9fd1617
@@ -84,7 +84,7 @@ def at(self:Rng,
 
 @patch
 def of(self:Rng,
-    idx:Sequence[int]|Int64[Tensor,'b']|np.ndarray, # global sample indices, one a row
+    idx:Sequence[int]|Int[Tensor,'b']|np.ndarray, # global sample indices, one a row
 )->Rng: # the key bound to these samples
     "Say which samples the rows of the batch are."
     if hasattr(idx, 'tolist'): idx = idx.tolist()  # tensors and arrays
