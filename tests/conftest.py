@@ -2,14 +2,11 @@
 import functools, http.server, json, os, shutil, socket, subprocess, sys, threading, time, urllib.request
 from pathlib import Path
 import pytest
+import typecheck
 
 os.environ.setdefault('OMP_NUM_THREADS', '1') # tests are small; more threads only wait for each other
 
-# DIFFNB_TYPECHECK=0 switches it off, as the tests of torch.compile need
-if os.environ.get('DIFFNB_TYPECHECK', '1')!='0':
-    from jaxtyping import install_import_hook
-    assert 'diffnb' not in sys.modules, 'diffnb was imported before its shapes could be checked'
-    install_import_hook('diffnb', 'beartype.beartype')
+typecheck.install()
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROME = os.environ.get('CHROME') or next(filter(None, map(shutil.which, ('chromium', 'google-chrome', 'chromium-browser'))), None)
