@@ -49,6 +49,13 @@ def test_moments_keep_their_digits():
     x = cloud(3000, 4).double()
     assert (gather(x+1e4).cov-gather(x).cov).abs().max()<1e-9
 
+def test_moments_keep_few_rows():
+    m = Moments()
+    for _ in range(30):
+        m.add(cloud(100, 3))
+        assert sum(map(len, m.rest))<1000
+    assert len(m)==3000
+
 def test_asking_for_moments_changes_nothing():
     m, x = Moments(), cloud(700, 3)
     m.add(x[:600]); m.normal(); m.add(x[600:])
@@ -161,12 +168,13 @@ def test_precision_recall_by_hand(samples, real, k, p, r):
     if r is not None: assert abs(recall(line(*samples), line(*real), k=k).value-r)<1e-9
 
 def test_precision_recall_by_brute_force():
-    x, y, k = cloud(70, 3, 1), cloud(90, 3, 2)*1.3, 3
+    x, y, k = cloud(70, 6, 1), cloud(90, 6, 2)+.8, 3
     def inside(p, centres):
         d = np.linalg.norm(centres[:, None]-centres[None], axis=-1)
         radius = np.sort(d, 1)[:, k]
         return np.mean([(np.linalg.norm(o-centres, axis=1)<=radius).any() for o in p])
     a, b = x.double().numpy(), y.double().numpy()
+    assert .1<inside(b, a)<.9 and .1<inside(a, b)<.9
     assert abs(precision(seen(x), seen(y)).value-inside(a, b))<1e-12 and abs(recall(seen(x), seen(y)).value-inside(b, a))<1e-12
 
 def test_precision_in_chunks_and_with_few():
