@@ -218,7 +218,7 @@ def test_dropout_only_in_training():
 
 @pytest.mark.parametrize('kw,words', [
     (dict(size=28, patch=1, widths=(8,8,8), blocks=(1,1,1), window=4), 'do not tile a map of 14x14'),
-    (dict(size=30, patch=1, widths=(8,8,8), blocks=(1,1,1), window=0), 'multiple of 4'),
+    (dict(size=30, patch=1, widths=(8,8,8), blocks=(1,1,1), window=0), 'multiples of 4'),
     (dict(size=32, patch=1, widths=(8,8), blocks=(1,1,1), window=0), 'one of each'),
     (dict(size=32, patch=1, widths=(8,8), blocks=(1,1), window=(4,)), '2 stages and 1 windows')])
 def test_plans_that_do_not_fit(kw, words):
