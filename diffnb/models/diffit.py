@@ -240,4 +240,4 @@ def diffit_fashion(
     scale:float=1000., # of the time embedding
 ):
     "DiffiT for Fashion-MNIST at 28x28 that two CPU cores train in minutes."
-    return DiffiT(28, 1, (96,), (3,), 0, 4, 4, dt=128, mlp=2., classes=classes, scale=scale)
+    return DiffiT(28, 1, (32,64), (1,2), (7,0), 4, 2, dt=128, mlp=2., classes=classes, scale=scale)
