@@ -66,7 +66,7 @@ def test_every_page(docs, site, browser):
 def test_search(visit):
     pg = visit('index.html')
     pg.locator('#quarto-search input').press_sequentially('schedule', delay=20)
-    hit = pg.locator('#quarto-search a').first
+    hit = pg.locator('#quarto-search a, .aa-Panel a').first # smalldocs, Quarto
     hit.wait_for(timeout=15_000)
     hit.click()
     pg.wait_for_load_state('load')

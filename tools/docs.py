@@ -105,7 +105,7 @@ def katex(build):
     return d/'package'/'dist'
 
 _cdn = re.compile(r'https://cdn\.jsdelivr\.net/npm/katex@[^/"]+/dist')
-_font = re.compile(r'@import url\(["\']?https://fonts\.googleapis[^)]*\);?')
+_font = re.compile(r'''@import\s*(?:url\(["']?https://fonts\.googleapis[^)]*\)|"https://fonts\.googleapis[^"]*");?''')
 
 def offline(docs, url, dist):
     "Take the network out of the pages: KaTeX and no web fonts beside them, links to the site itself as relative ones."
