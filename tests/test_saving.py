@@ -123,7 +123,7 @@ def test_ties_must_agree():
     with pytest.raises(ValueError, match='out.weight is tied to emb.weight in the network only'): load_into(one, two.state_dict(), 'x')
 
 def test_a_long_list_is_cut():
-    with pytest.raises(ValueError, match=r'and 9 more$'):
+    with pytest.raises(ValueError, match=r'^[^;]*(;[^;]*){7} and 9 more$'):
         load_into(nn.Sequential(*(nn.LayerNorm(2, bias=False) for _ in range(17))), {}, 'x')
 
 def test_other_kind_of_number_is_an_error(tmp_path):
