@@ -225,6 +225,11 @@ def test_plans_that_do_not_fit(kw, words):
     with pytest.raises(ValueError, match=words): plan(**kw)
     with pytest.raises(ValueError, match=words): DiffiT(**kw)
 
+def test_heads_for_each_stage():
+    net = DiffiT(16, 1, (8,16), (1,1), 4, heads=(1,2), dt=8)
+    assert [s[0].block.attn.attn.heads for s in (*net.enc, *net.dec)]==[1, 2, 1]
+    with pytest.raises(ValueError, match='2 stages and 3 heads'): DiffiT(16, 1, (8,16), (1,1), 4, heads=(1,2,4), dt=8)
+
 def test_wrong_pictures():
     net = small()
     for s,words in (((1, 3, 16, 16), 'b,2,h,w'), ((1, 2, 17, 16), 'multiples of 2'), ((1, 2, 12, 12), 'do not tile a map of 6x6')):
