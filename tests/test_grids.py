@@ -104,6 +104,12 @@ def test_shifts_multiply(a, b, t):
     t = torch.tensor(t, dtype=torch.float64)
     assert torch.allclose(shift_time(shift_time(t, a), b), shift_time(t, a*b), rtol=1e-9, atol=1e-12)
 
+def test_the_ends_are_exact():
+    for shift in [1/3, .1, .7, 1/7, 3., *(k/17 for k in range(1, 60))]: assert shifted(shift)(flow, 4).t[0]==1, shift
+    for n in (1, 2, 10):
+        g = karras()(sd, n)
+        assert g.t[0]==1 and g.net_t[0]==999 and (n==1 or g.t[-2]==.001 and g.net_t[-2]==0)
+
 # --- golden numbers ---
 def test_karras_grids_of_the_papers():
     k10 = [14.614641, 9.102928, 5.478392, 3.168603, 1.749417, .914072, .446918, .201398, .08191, .029167, 0]
