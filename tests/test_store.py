@@ -389,9 +389,10 @@ def test_prune_keeps_what_is_needed(tmp_path):
     for s in range(1, 7): write(tmp_path/f'step-{s}', str(s))
     point(tmp_path, 'step-2')
     for s in (6, 4): (tmp_path/f'step-{s}'/'a.json').write_text('"X"\n')  # as long, but not the same
-    gone = []
-    assert prune(tmp_path, keep=2, on_point=gone.append) == ['step-1']  # 5 and 3 are complete, 2 is latest
-    assert gone == ['step-1 out of sight', 'step-1 removed'] and hidden(tmp_path) == []
+    seen = []
+    def look(name): seen.append((name, (tmp_path/'step-1').exists(), len(hidden(tmp_path))))
+    assert prune(tmp_path, keep=2, on_point=look) == ['step-1']  # 5 and 3 are complete, 2 is latest
+    assert seen == [('step-1 out of sight', False, 1), ('step-1 removed', False, 0)]
     assert prune(tmp_path, keep=4) == [] and prune(tmp_path, keep=1) == ['step-4', 'step-3']
     assert newest(tmp_path)[0].name == 'step-5'
     for bad in (0, -1):
