@@ -86,7 +86,6 @@ def attend(
     "Multi-head attention (Vaswani et al. 2017, Eq. 1). All axes before the last two are batch, flattened for `bias`."
     lead = q.shape[:-2]
     q,k,v = (rearrange(o.reshape(-1, *o.shape[-2:]), 'b n (h d) -> b h n d', h=heads) for o in (q, k, v))
-    if bias is not None and bias.is_floating_point(): bias = bias.to(q.dtype) # autocast leaves parameters in float32
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return rearrange(o, 'b h n d -> b n (h d)').reshape(*lead, *o.shape[-2:-1], -1)
 
