@@ -239,7 +239,8 @@ def held_out_loss(
     task.net.eval()
     for batch, i in zip(batches, range(n)):
         here = rng.at('held out', step=i).of(batch['idx'])
-        loss = task.loss({**batch, 't': task.times(here.at('times'), len(batch['idx']))}, here)
+        t = task.process.schedule.snap(task.times(here.at('times'), len(batch['idx']))) # as in training
+        loss = task.loss({**batch, 't': t}, here)
         total, count = total+mean_loss(loss).item()*len(batch['idx']), count+len(batch['idx'])
     task.net.train(was)
     return total/max(count, 1)
