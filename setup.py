@@ -38,7 +38,7 @@ setup(
           if tuple(map(int, o.split('.'))) >= tuple(map(int, cfg['min_python'].split('.')))],
     ],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']),
-    package_data={cfg['lib_path']: ['datasets/*', 'recipes/*', 'weights/**/*']},
+    package_data={cfg['lib_path']: ['datasets/*', 'recipes/*', 'trained/**/*']},
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=words('requirements'),

@@ -92,7 +92,7 @@ class Opened(NamedTuple):
 
 def weights()->dict[str,Path]: # name -> folder
     "The trained weights that come with diffnb."
-    root = Path(str(files('diffnb')/'weights'))
+    root = Path(str(files('diffnb')/'trained'))
     return {p.parent.name: p.parent for p in sorted(root.glob('*/recipe.yaml'))}
 
 def open_model(where:str|Path)->Opened: # a run, one of its checkpoints, or the name of weights that ship

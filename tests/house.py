@@ -171,10 +171,10 @@ def top_level(h):
 
 @rule
 def package_data(h):
-    "In the package: modules that notebooks export, and data files in datasets, recipes and weights."
+    "In the package: modules that notebooks export, and data files in datasets, recipes and trained."
     for f in (h.root/'diffnb').rglob('*'):
         rel = f.relative_to(h.root/'diffnb')
-        if f.is_dir() or '__pycache__' in rel.parts or rel.parts[0] in ('datasets', 'recipes', 'weights'): continue
+        if f.is_dir() or '__pycache__' in rel.parts or rel.parts[0] in ('datasets', 'recipes', 'trained'): continue
         if f.suffix!='.py': yield f'{rel}: not a module'
         elif f.name not in ('__init__.py', '_modidx.py') and Module(h.root, f).name not in h.by_module: yield f'{rel}: no notebook exports it'
 

@@ -237,7 +237,7 @@ def judge(): return fashion_features()
 def test_set(): return fashion_mnist('test')
 
 def test_judge_ships(judge, test_set):
-    path = files('diffnb')/'weights'/'fashion_features.safetensors'
+    path = files('diffnb')/'trained'/'fashion_features.safetensors'
     meta = load_tensors(path)[1]
     assert path.stat().st_size<400_000 and judge.weights==hashlib.sha256(path.read_bytes()).hexdigest()
     assert meta['test_accuracy']>=.9 and meta['made_by']=='train_fashion_features(fashion_mnist_full())'
@@ -282,7 +282,7 @@ def test_keyed_init_fills_everything():
 def test_the_recipe_makes_the_judge_that_ships():
     from diffnb.data.images import fashion_mnist_full
     net = train_fashion_features(fashion_mnist_full())
-    ours = FashionFeatures(); ours.load_state_dict(load_tensors(files('diffnb')/'weights'/'fashion_features.safetensors')[0])
+    ours = FashionFeatures(); ours.load_state_dict(load_tensors(files('diffnb')/'trained'/'fashion_features.safetensors')[0])
     test = fashion_mnist_full(split='test')
     assert abs(accuracy(net, test)-accuracy(ours, test))<.01
 

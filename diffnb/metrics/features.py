@@ -91,7 +91,7 @@ def accuracy(
 @preset('extractor', features=64, images=(1,28,28))
 def fashion_features()->Extractor:
     "The judge of garments that ships: 64 features, 10 logits, maps of 7x7x7."
-    path = Path(str(files('diffnb')/'weights'/'fashion_features.safetensors'))
+    path = Path(str(files('diffnb')/'trained'/'fashion_features.safetensors'))
     tensors, _ = load_tensors(path)
     net = FashionFeatures()
     net.load_state_dict(tensors)

@@ -7,7 +7,7 @@ __all__ = ['EVENTS', 'Options', 'Step', 'Run', 'per_sample', 'gradient', 'train_
            'every', 'sample_grid', 'begin', 'save', 'give_up', 'fit', 'walk']
 
 # %% ../../nbs/55_train.loop.ipynb #0f410e42
-import itertools, json, math, signal, threading, time
+import itertools, json, math, signal, sys, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -154,7 +154,9 @@ class Log:
             self.rows = [r for r in rows(folder) if r['step']<=step]
             text = ''.join(json.dumps(r)+'\n' for r in self.rows)
             with write_file(folder/'log.jsonl') as f: f.write_text(text, 'utf-8')
-        self.bar = tqdm(total=steps, initial=step, unit='step', disable=not bar, dynamic_ncols=True)
+        lively = sys.stderr.isatty() or 'ipykernel' in sys.modules # a bar written to a file gets a line in 10 s
+        self.bar = tqdm(total=steps, initial=step, unit='step', disable=not bar, dynamic_ncols=True,
+                        mininterval=.1 if lively else 10.)
     def say(self, text:str)->None:
         "Tell people."
         if not self.bar.disable: self.bar.write(text)
