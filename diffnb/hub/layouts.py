@@ -50,7 +50,7 @@ def cat_of(
 def as_patches(
     p:int, # side of a patch
 )->Op:
-    "A convolution of theirs with stride `p` is a linear layer of ours on patches (`patchify`: rows, columns, channels)."
+    "A convolution of theirs with stride `p` is our linear layer on patches (`patchify`: rows, columns, channels)."
     def ours(t): return t.permute(0, 2, 3, 1).flatten(1) if t.ndim==4 else t
     def theirs(t): return t if t.ndim!=2 else t.unflatten(1, (p, p, -1)).permute(0, 3, 1, 2)
     return each(ours, theirs)
@@ -160,8 +160,8 @@ def _rows(model, layout):
 
 def _misfit(move, own, state):
     "What is wrong with each tensor of a row, by name."
-    theirs = [state[k] for k in move.theirs]
-    try: got = move.op.ours([torch.empty_like(t, device='meta') for t in theirs], len(move.ours))
+    theirs = [torch.empty_like(state[k], device='meta') for k in move.theirs]
+    try: got = move.op.ours(theirs, len(move.ours))
     except (RuntimeError, ValueError) as e:
         return {move.ours[0]: f'cannot be made of {[tuple(t.shape) for t in theirs]}: {" ".join(str(e).split())}'}
     wrong = {}
@@ -169,8 +169,8 @@ def _misfit(move, own, state):
         if t.shape!=own[k].shape: wrong[k] = f'has shape {tuple(t.shape)} and should have {tuple(own[k].shape)}'
         elif t.is_floating_point()!=own[k].is_floating_point(): wrong[k] = f'is {t.dtype} and should be {own[k].dtype}'
         if k in wrong and move.theirs!=(k,): wrong[k] += f' (from {", ".join(move.theirs)})'
-    if not wrong and (why := move.op.check(theirs)): wrong[move.ours[0]] = f'has sources that {why}: {", ".join(move.theirs)}'
-    return wrong
+    why = '' if wrong else move.op.check([state[k] for k in move.theirs])
+    return {move.ours[0]: f'has sources that {why}: {", ".join(move.theirs)}'} if why else wrong
 
 # %% ../../nbs/32_hub.layouts.ipynb #3cd12db1
 def layouts_of(
@@ -181,26 +181,34 @@ def layouts_of(
     except ValueError: known = {} # nobody has written one
     return {'ours': None, **{n: f for n,f in known.items() if f.facts.get('model')==type(model).__name__}}
 
+def _best(model, state):
+    "The report of the layout that fits most tensors; of equally good ones the first."
+    reports = []
+    for name in layouts_of(model):
+        try: reports.append(compare(model, state, name))
+        except ValueError: pass # this network has no such form
+    return max(reports, key=lambda r: len(r.matched))
+
 def compare(
     model:nn.Module,           # on any device
     state:Mapping[str,Tensor], # somebody's tensors by name
     layout=None,               # a preset's name, a function of the network, or rows; None finds the best
 )->Report:
     "Look what fits, without loading anything. ValueError for an unknown layout, or one of another class."
-    if layout is None: # all are tried; of equally good ones the first
-        reports = [compare(model, state, f or 'ours') for f in layouts_of(model).values()]
-        return max(reports, key=lambda r: len(r.matched))
+    if layout is None: return _best(model, state)
     name, rows = _rows(model, layout)
     own, moves = model.state_dict(), plan(model, rows)
+    if name=='ours': # of tied tensors a file may hold any name, or all
+        named = own_names(model).values()
+        moves = [Row(tuple(o[:1]), tuple(k for k in o if k in state) or tuple(o[:1]), copies) for o in named]
     matched, missing, mismatched = [], {}, {}
     for m in moves:
         if lacks := [k for k in m.theirs if k not in state]: missing.update({k: lacks for k in m.ours})
         elif wrong := _misfit(m, own, state): mismatched.update(wrong)
         else: matched.append(m)
     over = {p for row in rows if row.ours==() for p in _tuple(row.theirs)}
-    tied = {o for k,v in own_names(model).items() for o in v[1:]} if name=='ours' else set()
     rest = sorted(state.keys()-{k for m in moves for k in m.theirs})
-    ignored = [k for k in rest if k in tied or not over.isdisjoint(_prefixes(k))]
+    ignored = [k for k in rest if not over.isdisjoint(_prefixes(k))]
     return Report(name, matched, missing, [k for k in rest if k not in ignored], mismatched, ignored)
 
 # %% ../../nbs/32_hub.layouts.ipynb #cc510d85
@@ -214,53 +222,67 @@ def _alone(t):
     t = t.detach().contiguous()
     return t if t.untyped_storage().nbytes()==t.numel()*t.element_size() else t.clone()
 
-def _put(model, names, t, dtype, used):
-    "Fill a tensor that has several names, perhaps. What is on the meta device is replaced."
+def _put(model, names, t, taken):
+    "Fill a tensor that may have several names. What is on the meta device is replaced by memory that nobody else has."
     holders = [(model.get_submodule(k.rpartition('.')[0]), k.rpartition('.')[2]) for k in names]
     old = getattr(*holders[0])
-    t = t.to(dtype if dtype and t.is_floating_point() else t.dtype)
     if not old.is_meta:
-        if dtype and old.is_floating_point(): old.data = old.data.to(dtype)
+        if t.dtype!=old.dtype: old.data = old.data.to(t.dtype)
         with torch.no_grad(): old.copy_(t)
         return
     t = _alone(t)
-    if t.data_ptr() in used: t = t.clone()
-    used.add(t.data_ptr())
+    if t.untyped_storage().data_ptr() in taken: t = t.clone()
+    taken.add(t.untyped_storage().data_ptr())
     new = nn.Parameter(t, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else t
     for mod,leaf in holders: setattr(mod, leaf, new)
 
+def _fill(model, matched, state, dtype):
+    "Fill everything that matched."
+    names, own = own_names(model), model.state_dict()
+    hollow = any(t.is_meta for t in own.values())
+    for m in matched:
+        theirs = [state[k] for k in m.theirs]
+        taken = {t.untyped_storage().data_ptr() for t in theirs}
+        for k,t in zip(m.ours, m.op.ours(theirs, len(m.ours))):
+            kept = t.dtype if hollow else own[k].dtype
+            _put(model, names[k], t.to(dtype or kept if t.is_floating_point() else own[k].dtype), taken)
+
 # %% ../../nbs/32_hub.layouts.ipynb #90d9afaf
-def load_state(
-    model:nn.Module,           # network or codec, real or on the meta device
-    state:Mapping[str,Tensor], # somebody's tensors by name
-    layout=None,               # a preset's name, a function of the network, or rows; None finds the best
-    strict:bool=True,          # missing and unexpected tensors are errors
-    dtype:torch.dtype|None=None, # for all floats; None: the network's own, or the file's for one on the meta device
-)->Report:
-    "Fill a network. ValueError, before anything is copied, lists what does not fit, or that nothing matches at all."
-    r, names, cls = compare(model, state, layout), own_names(model), type(model).__name__
-    if not r.matched:
-        some, tried = ', '.join(sorted(state)[:3]), 'ours' if layout is None else r.layout
-        tried = ', '.join(layouts_of(model)) if layout is None else tried
-        why = '; '.join(r.faults(loose=True)[:2]) or f'they are called {some} and so on' if state else 'there are none'
-        raise ValueError(f'no tensor fits {cls} (layouts tried: {tried}): {why}')
-    wrong = r.faults(loose=not strict)
-    got = {o for m in r.matched for k in m.ours for o in names[k]}
+def _refuse(model, state, report, tried, strict):
+    "ValueError for what does not fit."
+    cls, wrong = type(model).__name__, report.faults(loose=not strict)
+    if not report.matched:
+        called = f'they are called {", ".join(sorted(state)[:3])} and so on' if state else 'there are none'
+        why = '; '.join(report.faults(loose=True)[:2]) or called
+        raise ValueError(f'none of the tensors fits {cls} (layouts tried: {", ".join(tried)}): {why}')
+    names = own_names(model)
+    known = {o for k in (*(k for m in report.matched for k in m.ours), *report.mismatched) for o in names[k]}
+    known |= report.missing.keys() if strict else set()
     for k,t in [*model.named_parameters(), *model.named_buffers()]:
-        if t.is_meta and k not in got and (k not in r.missing or not strict) and k not in r.mismatched:
-            wrong.append(f'{k} has no memory and no tensor to fill it: build the network within `Hollow()`, or for real')
+        if t.is_meta and k not in known:
+            wrong.append(f'{k} has no memory and no tensor to fill it: build the network within Hollow(), or for real')
     if wrong:
         more = f' and {len(wrong)-8} more' if len(wrong)>8 else ''
-        raise ValueError(f'the tensors do not fit {cls}: {"; ".join(wrong[:8])}{more} ({r.counts()})')
-    used = set()
-    for m in r.matched:
-        for k,t in zip(m.ours, m.op.ours([state[o] for o in m.theirs], len(m.ours))): _put(model, names[k], t, dtype, used)
-    return r
+        raise ValueError(f'the tensors do not fit {cls}: {"; ".join(wrong[:8])}{more} ({report.counts()})')
+
+# %% ../../nbs/32_hub.layouts.ipynb #b1962a3a
+def load_state(
+    model:nn.Module,             # network or codec, real or on the meta device
+    state:Mapping[str,Tensor],   # somebody's tensors by name
+    layout=None,                 # a preset's name, a function of the network, or rows; None finds the best
+    strict:bool=True,            # missing and unexpected tensors are errors
+    dtype:torch.dtype|None=None, # of floats; None: the network's, or the file's for a network without memory
+)->Report:
+    "Fill a network. ValueError, before anything is copied, lists what does not fit, or that nothing matches at all."
+    report = compare(model, state, layout)
+    _refuse(model, state, report, layouts_of(model) if layout is None else [report.layout], strict)
+    _fill(model, report.matched, state, dtype)
+    return report
 
 def dump_state(
     model:nn.Module, # network or codec
     layout=None,     # a preset's name, a function of the network, or rows; None is our own names
-)->dict[str,Tensor]: # contiguous, none shares memory with another of them
+)->dict[str,Tensor]: # contiguous, each with a memory of its own, perhaps the network's
     "The tensors of a network as a layout has them. ValueError for an unknown layout, or one of another class."
     rows, own = _rows(model, layout)[1], model.state_dict()
     moves = [*plan(model, rows), *(o for o in rows if o.ours==())]
