@@ -38,6 +38,7 @@ def gridded(
         full = torch.cat([t, t.new_zeros(1)])
         if not (t[0]<=1 and (full[1:]<full[:-1]).all()):
             raise ValueError(f'times must fall from at most 1 to above 0, not {t.tolist()}')
+        s.remember(full) # each step will ask for two of them
         return Grid(full, torch.cat([net_t(process, t), t.new_full((1,), math.nan)]))
     return grid
 

@@ -22,6 +22,7 @@ class Schedule:
     name:str                         # as in papers
     fn:Callable = field(repr=False)  # t in [0,1], float64 -> (alpha, sigma)
     abar:Tensor|None = field(default=None, repr=False) # `(T,)`: alpha squared at t = 1/T, 2/T, ..., 1, if it is a table
+    _known:dict = field(default_factory=dict, init=False, repr=False) # t -> (alpha, sigma), as numbers
 
     @property
     def T(self):
@@ -32,7 +33,7 @@ class Schedule:
         t:Tensor|float, # times in [0,1]
     )->tuple[Tensor,Tensor]: # `(alpha, sigma)`, float64, of t's shape
         "Signal and noise amplitudes at `t`; ValueError outside [0,1]."
-        t = torch.as_tensor(t, dtype=torch.float64)
+        t = torch.as_tensor(t, dtype=torch.float64, device='cpu')
         if t.numel() and not ((t>=0) & (t<=1)).all():
             raise ValueError(f'times are in [0,1], and t goes from {t.min():g} to {t.max():g}')
         return self.fn(t)
@@ -41,7 +42,28 @@ class Schedule:
         "`(alpha, sigma)` ready to be multiplied with `x`: its axes, dtype and device."
         return tuple(expand(o, x).to(device=x.device, dtype=x.dtype) for o in self(t))
 
-# %% ../nbs/10_schedules.ipynb #7360b9fb
+# %% ../nbs/10_schedules.ipynb #e80063fd
+@patch
+def remember(self:Schedule,
+    t:Tensor, # times in [0,1]
+):
+    "Work out the amplitudes at all these times in one go; `wide` then has them at hand."
+    if len(self._known)>2**14: self._known.clear()
+    t = torch.as_tensor(t, dtype=torch.float64, device='cpu').flatten()
+    self._known.update(zip(t.tolist(), zip(*(o.tolist() for o in self(t)))))
+
+@patch
+def wide(self:Schedule,
+    t:Tensor, # times in [0,1]
+    x:Tensor, # what is at these times
+)->tuple: # `(alpha, sigma)`: two numbers for a single time, else float64 tensors with x's axes
+    "The amplitudes at full precision, for formulas that are worked out before they meet `x`."
+    if t.numel()!=1: return tuple(expand(o, x) for o in self(t))
+    k = t.item()
+    if k not in self._known: self.remember(t)
+    return self._known[k]
+
+# %% ../nbs/10_schedules.ipynb #6c0fee73
 @patch
 def snr(self:Schedule,
     t:Tensor|float, # times in [0,1]
@@ -65,13 +87,13 @@ def log_snr(self:Schedule,
     "Natural logarithm of the signal-to-noise ratio."
     return -2*self.ksigma(t).log()
 
-# %% ../nbs/10_schedules.ipynb #6c0fee73
+# %% ../nbs/10_schedules.ipynb #6180dbe6
 @patch
 def t_of(self:Schedule,
     ksigma:Tensor|float, # noise levels, from 0 to infinity
 )->Tensor: # times, float64
     "The time of a noise level, the inverse of `ksigma`, by bisection; 1 beyond the schedule's end."
-    k = torch.as_tensor(ksigma, dtype=torch.float64)
+    k = torch.as_tensor(ksigma, dtype=torch.float64, device='cpu')
     lo, hi = torch.zeros_like(k), torch.ones_like(k)
     for _ in range(80):
         mid = (lo+hi)/2
@@ -166,13 +188,13 @@ def cosine(
     a = c(torch.linspace(0, 1, T+1, dtype=torch.float64))[0]**2
     return table('cosine', betas_to_abar((1-a[1:]/a[:-1]).clamp(max=.999)))
 
-# %% ../nbs/10_schedules.ipynb #0670bfb7
+# %% ../nbs/10_schedules.ipynb #78d7f555
 @patch
 def snap(self:Schedule,
     t:Tensor, # times in [0,1]
 )->Tensor: # float64
     "The next time of the table at or above `t` (a positive `t` never becomes 0); without a table, `t` itself."
-    t = torch.as_tensor(t, dtype=torch.float64)
+    t = torch.as_tensor(t, dtype=torch.float64, device='cpu')
     if self.T is None: return t
     return torch.where(t>0, (t*self.T-1e-9).ceil().clamp(1, self.T)/self.T, 0.)
 
@@ -194,7 +216,7 @@ def zero_snr(
         return alpha, ((1-alpha)*(1+alpha)).sqrt()
     return Schedule(f'zero_snr({s.name})', fn)
 
-# %% ../nbs/10_schedules.ipynb #0eb8e483
+# %% ../nbs/10_schedules.ipynb #50993f48
 @preset('schedule')
 def survival(
     schedule:Schedule|str='straight', # whose alpha is read as a probability; a schedule or a preset's name
@@ -212,7 +234,7 @@ def rate(self:Schedule,
 )->Tensor: # float64
     "-alpha'(t)/(1-alpha(t)), the weight of the masked-diffusion bound. ValueError for a table: it has no derivative."
     if self.T: raise ValueError(f'{self.name} is a table: alpha has no derivative there')
-    t = torch.as_tensor(t, dtype=torch.float64).detach().clone().requires_grad_()
+    t = torch.as_tensor(t, dtype=torch.float64, device='cpu').detach().clone().requires_grad_()
     with torch.enable_grad():
         alpha = self(t)[0]
         da, = torch.autograd.grad(alpha.sum(), t)
