@@ -167,6 +167,6 @@ def autoguidance(
     mix:Callable|str='linear', # how the two answers are mixed
 )->Callable: # a guide
     "Guidance away from a worse network (Karras et al. 2024, Eq. 3). ValueError if that network is in training mode."
-    if getattr(weak, 'training', False): raise ValueError('the weak network is in training mode: call weak.eval() first')
+    if getattr(weak, 'training', False): raise ValueError('the weak network is in training mode: call its eval()')
     def other(denoiser, cond, uncond, keep, mask): return bind(weak, cond, keep, mask)
     return guided(w, mix, other)

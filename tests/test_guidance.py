@@ -37,6 +37,8 @@ def test_line():
 def test_exact_ends():
     "w = 0 and w = 1 give one branch bit for bit, also where weights differ within the batch."
     assert torch.equal(linear()(YES, NO, 0.), NO) and torch.equal(linear()(YES, NO, 1.), YES)
+    a, b = noise(1000, 1, seed=1), 1e3*noise(1000, 1, seed=2) # here b+1*(a-b) is not a
+    assert torch.equal(linear()(a, b, 1.), a)
     w = torch.tensor([1., 0., 1.], dtype=F64).view(3, 1, 1, 1)
     got = linear()(YES, NO, w)
     assert torch.equal(got[[0, 2]], YES[[0, 2]]) and torch.equal(got[1], NO[1])
