@@ -77,7 +77,8 @@ def sample(
     g, rng = (grid or uniform())(process, steps), rng or Rng()
     if device is None: device = next((p.device for p in getattr(denoiser, 'parameters', lambda: [])()), 'cpu')
     if x is None: x = process.prior(shape, rng, t=g.t[0].item(), dtype=dtype, device=device)
-    net = getattr(process, 'late', lambda net: net)(denoiser) # tokens: the head runs only where one is placed
+    # tokens: the head runs only where one is placed, and `constant` can mix such outputs
+    net = process.late(denoiser) if guide is None and hasattr(process, 'late') else denoiser
     call = (guide or constant(w))(net, cond, uncond, keep, mask)
     def hold_at(x, i): return x if keep is None else hold(process, x, known, keep, g.t[i:i+1], rng.at('hold', step=i))
     return _walk(denoiser, process, step or ancestral(), call, hold_at, x, g, rng)
