@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['same', 'cat', 'split', 'swap', 'as_linear', 'as_conv', 'copies', 'Op', 'each', 'cat_of', 'as_patches', 'Row',
-           'ignore', 'made', 'own_names', 'plan', 'Report', 'layouts_of', 'compare', 'Hollow', 'load_state',
+           'ignore', 'made', 'own_names', 'plan', 'Report', 'layouts_of', 'rows_of', 'compare', 'Hollow', 'load_state',
            'dump_state', 'Config', 'only']
 
 # %% ../../nbs/32_hub.layouts.ipynb #7363aca3
@@ -146,18 +146,31 @@ class Report(NamedTuple):
         return [f'{k} {v}' for k,v in self.mismatched.items()] + ([] if loose else lacks+more)
 
 # %% ../../nbs/32_hub.layouts.ipynb #ba7a8fac
-def _rows(model, layout):
-    "Name and rows of a layout: a preset's name, a function of the network, or rows; None is our own names."
-    if layout is None or layout=='ours': return 'ours', [Row('', '')]
+def layouts_of(
+    model:nn.Module, # a network or a codec
+)->dict[str,Callable|None]: # name -> function
+    "The layouts that are known for a class of network, our own names first."
+    try: known = presets('layout')
+    except ValueError: known = {} # nobody has written one
+    return {'ours': None, **{n: f for n,f in known.items() if f.facts.get('model')==type(model).__name__}}
+
+def rows_of(
+    model:nn.Module, # a network or a codec
+    layout=None,     # a preset's name or its `of`, a function of the network, or rows; None is our own names
+)->tuple[str,list[Row]]: # the layout's name, and its rows for this network
+    "What a layout says about a network. ValueError if there is none of that name, or it is of another class."
+    cls = type(model).__name__
+    if layout is None or layout=='ours': return 'ours', [Row(('',), ('',))]
     if isinstance(layout, str):
-        known = presets('layout')
+        known = {f.facts['of']: f for f in layouts_of(model).values() if f and 'of' in f.facts} | presets('layout')
         if layout not in known: raise ValueError(f'no layout is called {layout!r}{nearest(layout, ["ours", *known])}')
         layout = known[layout]
-    if not callable(layout): return 'rows', list(layout)
-    of, cls = getattr(layout, 'facts', {}).get('model'), type(model).__name__
-    if of not in (None, cls): raise ValueError(f'{layout.__name__} is a layout of {of}, not of {cls}')
-    return layout.__name__, layout(model)
+    of = getattr(layout, 'facts', {}).get('model', cls)
+    if of!=cls: raise ValueError(f'{layout.__name__} is a layout of {of}, not of {cls}')
+    rows = layout(model) if callable(layout) else layout
+    return getattr(layout, '__name__', 'rows'), [Row(_tuple(o.ours), _tuple(o.theirs), o.op) for o in rows]
 
+# %% ../../nbs/32_hub.layouts.ipynb #fd3a6966
 def _misfit(move, own, state):
     "What is wrong with each tensor of a row, by name."
     theirs = [torch.empty_like(state[k], device='meta') for k in move.theirs]
@@ -172,15 +185,7 @@ def _misfit(move, own, state):
     why = '' if wrong else move.op.check([state[k] for k in move.theirs])
     return {move.ours[0]: f'has sources that {why}: {", ".join(move.theirs)}'} if why else wrong
 
-# %% ../../nbs/32_hub.layouts.ipynb #3cd12db1
-def layouts_of(
-    model:nn.Module, # a network or a codec
-)->dict[str,Callable|None]: # name -> function
-    "The layouts that are known for a class of network, our own names first."
-    try: known = presets('layout')
-    except ValueError: known = {} # nobody has written one
-    return {'ours': None, **{n: f for n,f in known.items() if f.facts.get('model')==type(model).__name__}}
-
+# %% ../../nbs/32_hub.layouts.ipynb #394efb3b
 def _best(model, state):
     "The report of the layout that fits most tensors; of equally good ones the first."
     reports = []
@@ -192,11 +197,11 @@ def _best(model, state):
 def compare(
     model:nn.Module,           # on any device
     state:Mapping[str,Tensor], # somebody's tensors by name
-    layout=None,               # a preset's name, a function of the network, or rows; None finds the best
+    layout=None,               # a preset's name or its `of`, a function of the network, or rows; None finds the best
 )->Report:
     "Look what fits, without loading anything. ValueError for an unknown layout, or one of another class."
     if layout is None: return _best(model, state)
-    name, rows = _rows(model, layout)
+    name, rows = rows_of(model, layout)
     own, moves = model.state_dict(), plan(model, rows)
     if name=='ours': # of tied tensors a file may hold any name, or all
         named = own_names(model).values()
@@ -247,7 +252,7 @@ def _fill(model, matched, state, dtype):
             kept = t.dtype if hollow else own[k].dtype
             _put(model, names[k], t.to(dtype or kept if t.is_floating_point() else own[k].dtype), taken)
 
-# %% ../../nbs/32_hub.layouts.ipynb #90d9afaf
+# %% ../../nbs/32_hub.layouts.ipynb #b1962a3a
 def _refuse(model, state, report, tried, strict):
     "ValueError for what does not fit."
     cls, wrong = type(model).__name__, report.faults(loose=not strict)
@@ -265,11 +270,11 @@ def _refuse(model, state, report, tried, strict):
         more = f' and {len(wrong)-8} more' if len(wrong)>8 else ''
         raise ValueError(f'the tensors do not fit {cls}: {"; ".join(wrong[:8])}{more} ({report.counts()})')
 
-# %% ../../nbs/32_hub.layouts.ipynb #b1962a3a
+# %% ../../nbs/32_hub.layouts.ipynb #a921005b
 def load_state(
     model:nn.Module,             # network or codec, real or on the meta device
     state:Mapping[str,Tensor],   # somebody's tensors by name
-    layout=None,                 # a preset's name, a function of the network, or rows; None finds the best
+    layout=None,                 # a preset's name or its `of`, a function of the network, or rows; None finds the best
     strict:bool=True,            # missing and unexpected tensors are errors
     dtype:torch.dtype|None=None, # of floats; None: the network's, or the file's for a network without memory
 )->Report:
@@ -281,10 +286,10 @@ def load_state(
 
 def dump_state(
     model:nn.Module, # network or codec
-    layout=None,     # a preset's name, a function of the network, or rows; None is our own names
+    layout=None,     # a preset's name or its `of`, a function of the network, or rows; None is our own names
 )->dict[str,Tensor]: # contiguous, each with a memory of its own, perhaps the network's
     "The tensors of a network as a layout has them. ValueError for an unknown layout, or one of another class."
-    rows, own = _rows(model, layout)[1], model.state_dict()
+    rows, own = rows_of(model, layout)[1], model.state_dict()
     moves = [*plan(model, rows), *(o for o in rows if o.ours==())]
     return {k: _alone(t) for m in moves for k,t in
             zip(_tuple(m.theirs), m.op.theirs([own[o] for o in m.ours], len(_tuple(m.theirs))))}
