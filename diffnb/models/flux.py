@@ -221,11 +221,12 @@ def check(self:Flux,
     if x.ndim!=4 or x.shape[1]!=self.ch or x.shape[2]%2 or x.shape[3]%2:
         raise ValueError(f'latents must be (b,{self.ch},h,w), h and w even: got {tuple(x.shape)}')
     want = (len(x), self.extra, *x.shape[2:]) if self.extra else None
-    if (None if concat is None else tuple(concat.shape))!=want:
-        got = None if concat is None else tuple(concat.shape)
-        raise ValueError(f'concat must be {want} for this network (extra={self.extra}): got {got}')
-    if ref is not None and (self.extra or ref.ndim!=4 or ref.shape[:2]!=x.shape[:2] or ref.shape[2]%2 or ref.shape[3]%2):
-        raise ValueError(f'ref must be (b,{self.ch},h,w), h and w even, and extra=0: got {tuple(ref.shape)}, {self.extra}')
+    got = None if concat is None else tuple(concat.shape)
+    if got!=want: raise ValueError(f'concat must be {want} for this network (extra={self.extra}): got {got}')
+    if ref is None: return
+    if self.extra: raise ValueError(f'a network with extra={self.extra} knows no second frame: leave ref out')
+    if ref.ndim!=4 or ref.shape[:2]!=x.shape[:2] or ref.shape[2]%2 or ref.shape[3]%2:
+        raise ValueError(f'ref must be ({len(x)},{self.ch},h,w), h and w even: got {tuple(ref.shape)}')
 
 @patch
 def project(self:Flux,
@@ -245,6 +246,7 @@ def project(self:Flux,
     if self.guidance is not None: pooled = pooled+self.guidance(guidance.double())
     return {**cond, 'txt': self.txt_in(ctx.to(self.out.weight.dtype)), 'pooled': pooled}
 
+# %% ../../nbs/24_models.flux.ipynb #0ac2e84d
 @patch
 def prepare(self:Flux, **cond)->dict:
     "Project the text, embed the rest: once, and one row where all rows are the same."
