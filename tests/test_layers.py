@@ -2,7 +2,8 @@
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from diffnb.models.layers import (Attention, LabelEmbed, RelBias, TimeEmbed, attend, offsets, patchify, sinusoid, unpatchify, unwindows, windows)
+from diffnb.models.layers import (MLP, Attention, LabelEmbed, RelBias, TimeEmbed, attend, modulate, offsets, patchify, positions_2d, sinusoid,
+                                  unpatchify, unwindows, windows)
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def normal(*s, seed=0): return torch.randn(*s, generator=gen(seed), dtype=torch.float64)
@@ -51,6 +52,52 @@ def test_attend_equals_its_equation(heads):
     d = 8//heads
     want = torch.cat([torch.softmax(q[...,i*d:(i+1)*d]@k[...,i*d:(i+1)*d].mT/d**.5+B[i], -1)@v[...,i*d:(i+1)*d] for i in range(heads)], -1)
     assert (attend(q, k, v, heads, B)-want).abs().max()<1e-12
+
+def test_mlp():
+    "Its equation, with and without gradients; what it is given stays as it was."
+    m = MLP(8, 20).double()
+    x = normal(2, 3, 8)
+    before, h = x.clone(), F.linear(x, m[0].weight, m[0].bias)
+    gelu = h/2*(1+torch.tanh((2/torch.pi)**.5*(h+.044715*h**3)))
+    want = F.linear(gelu, m[2].weight, m[2].bias)
+    assert (m(x)-want).abs().max()<1e-12
+    with torch.no_grad(): assert torch.equal(m(x), m(x)) and (m(x)-want).abs().max()<1e-12
+    assert torch.equal(x, before) and list(m.state_dict())==['0.weight', '0.bias', '2.weight', '2.bias']
+
+def test_mlp_makes_its_hidden_layer_once():
+    "The largest tensor of a block: without gradients there is one of it, with them two."
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Large(TorchDispatchMode):
+        def __init__(self): super().__init__(); self.seen = set()
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            if torch.is_tensor(out) and out.numel()==600_000: self.seen.add(out.untyped_storage().data_ptr())
+            return out
+    m, x, made = MLP(4, 1000), torch.randn(2, 300, 4, generator=gen()), []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), Large() as mode: y = m(x)
+        made.append(len(mode.seen))
+    assert y.requires_grad and made==[1, 2]
+
+@pytest.mark.parametrize('b', [1, 3])
+def test_modulate(b):
+    x, shift, scale = normal(3, 5, 8), normal(b, 1, 8, seed=1), normal(b, 1, 8, seed=2)
+    ln = (x-x.mean(-1, keepdim=True))/(x.var(-1, correction=0, keepdim=True)+1e-6).sqrt()
+    assert (modulate(x, shift, scale)-(ln*(1+scale)+shift)).abs().max()<1e-12
+    half = modulate(x.float(), shift.bfloat16(), scale.bfloat16()) # as mixed precision has it
+    assert half.dtype==torch.float32 and (half-modulate(x, shift, scale)).abs().max()<.05
+
+@pytest.mark.parametrize('side,dim', [(3, 8), (16, 1152)])
+def test_positions_2d(side, dim):
+    "First half of the channels the column, second half the row; sine before cosine."
+    p, q = positions_2d(side, dim).view(side, side, 4, dim//4), dim//4
+    assert p.dtype==torch.float32
+    for k in {0, 1, q-1}:
+        w = 10_000**(-4*k/dim)
+        for i,j in ((0, 0), (1, 2), (side-1, side-2)):
+            want = torch.tensor([j*w, j*w+torch.pi/2, i*w, i*w+torch.pi/2], dtype=torch.float64).sin()
+            assert (p[i,j,:,k]-want).abs().max()<1e-6
+    with pytest.raises(ValueError, match='4 divides'): positions_2d(side, 6)
 
 def test_attend_leading_axes():
     "More batch axes are the same as more batch."

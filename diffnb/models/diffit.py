@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor, nn
 from ..core import Denoiser, Feats, preset
-from .layers import Attention, LabelEmbed, RelBias, TimeEmbed, unwindows, windows, zero_
+from .layers import MLP, Attention, LabelEmbed, RelBias, TimeEmbed, unwindows, windows, zero_
 
 # %% ../../nbs/21_models.diffit.ipynb #bfa7871c
 class TMSA(nn.Module):
@@ -49,9 +49,7 @@ class DiffiTBlock(nn.Module):
     ):
         super().__init__()
         self.norm1,self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
-        self.attn = TMSA(dim, dt, heads, window)
-        self.mlp = nn.Sequential(nn.Linear(dim, int(mlp*dim)), nn.GELU('tanh'), nn.Linear(int(mlp*dim), dim))
-        for l in (self.mlp[0], self.mlp[2]): nn.init.xavier_uniform_(l.weight); nn.init.zeros_(l.bias)
+        self.attn,self.mlp = TMSA(dim, dt, heads, window),MLP(dim, int(mlp*dim))
     def forward(self, x:Float[Tensor,'b h w d'], c:Float[Tensor,'#b t'])->Float[Tensor,'b h w d']:
         x = x + self.attn(self.norm1(x), c)
         return x + self.mlp(self.norm2(x))
