@@ -3,10 +3,11 @@ import math, warnings
 from fractions import Fraction
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
+from scipy import integrate, special, stats
 import diffnb.grids
 from diffnb.core import create
-from diffnb.grids import (Grid, edm_grid, gridded, karras, leading, linspace, shift_time, shifted, shifted_by_tokens, trailing,
-                          uniform)
+from diffnb.grids import (Grid, beta, edm_grid, exponential, gridded, karras, lcm_grid, leading, linspace, shift_time, shifted,
+                          shifted_by_tokens, trailing, uniform, until)
 from diffnb.process.gaussian import Gaussian
 from diffnb.schedules import cosine, edm, linear_beta, scaled_linear, straight, survival, zero_snr
 
@@ -39,10 +40,12 @@ def finite_levels(process):
 @pytest.mark.parametrize('n', [1, 2, 3, 4, 9])
 def test_every_grid_on_every_process(name, which, n):
     p, grid = processes[which], create(name, kind='grid')
-    needs_levels = name=='karras' and not finite_levels(p) or name=='edm_grid' and p.schedule.ksigma(1.)==math.inf
+    by_level = name in ('karras', 'exponential', 'beta')
+    needs_levels = by_level and not finite_levels(p) or name=='edm_grid' and p.schedule.ksigma(1.)==math.inf
     if needs_levels:
         with pytest.raises(ValueError, match='smin'): grid(p, n)
-        grid = create('karras', kind='grid', smin=.02, smax=5.)
+        grid = create(name if by_level else 'karras', kind='grid', smin=.02, smax=5.)
+    if name=='lcm_grid' and which=='small': grid = create(name, kind='grid', origin=10)
     if name=='leading' and which=='small' and n==9: assert p.schedule.T==10 # 8+1 is its last entry: still inside
     g = grid(p, n, 1024)
     check(g, p, n)
@@ -51,7 +54,7 @@ def test_every_grid_on_every_process(name, which, n):
 
 @pytest.mark.parametrize('name', sorted(set(names)-{'leading'}))
 def test_as_many_steps_as_entries_and_no_more(name):
-    p, grid = processes['small'], create(name, kind='grid')
+    p, grid = processes['small'], create(name, kind='grid', **({'origin': 10} if name=='lcm_grid' else {}))
     check(grid(p, 10, 64), p, 10)
     with pytest.raises(ValueError, match='10 entries'): grid(p, 11, 64)
 
@@ -66,7 +69,17 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match='tokens'): shifted_by_tokens()(flow, 4)
     with pytest.raises(ValueError, match='above 0'): karras(rho=0.)
     for kw in (dict(smin=0.), dict(smin=-1.), dict(smin=5., smax=1.), dict(smax=15.), dict(smax=math.inf)):
-        with pytest.raises(ValueError, match='give 0 < smin < smax'): karras(**kw)(sd, 4)
+        for f in (karras, exponential, beta):
+            with pytest.raises(ValueError, match='give 0 < smin < smax'): f(**kw)(sd, 4)
+    for kw in (dict(a=0.), dict(b=-1.), dict(a=math.nan)):
+        with pytest.raises(ValueError, match='above 0'): beta(**kw)
+    for bad in (0., -.1, 1.01, math.nan):
+        with pytest.raises(ValueError, match='within'): uniform(bad)
+    with pytest.raises(ValueError, match='fewer'): lcm_grid()(sd, 51)
+    with pytest.raises(ValueError, match='fewer'): lcm_grid(11)(processes['small'], 3)
+    for bad in (0., .002, .5, math.nan):
+        with pytest.raises(ValueError, match='no end'): until(bad)(sd, 4)
+    with pytest.raises(ValueError, match='no first entry'): until(base='uniform')(flow, 4)
     with pytest.raises(ValueError, match='another offset'): leading(-1)(sd, 4)
     with pytest.raises(ValueError, match='did you mean'): shifted(3., 'trialing')
 
@@ -93,10 +106,11 @@ def test_tables_of_any_length(T, data):
 def test_continuous_schedules_at_any_setting(n, shift, rho, lo, hi):
     for p in (flow, ed, processes['cosine']):
         check(shifted(shift)(p, n), p, n)
-        g = karras(rho, lo, hi)(p, n)
-        check(g, p, n)
-        k = p.schedule.ksigma(g.t)
-        assert abs(k[0]/hi-1)<1e-9 and (n==1 or abs(k[-2]/lo-1)<1e-9)
+        for f in (karras(rho, lo, hi), exponential(lo, hi), beta(.6, .6, lo, hi)):
+            g = f(p, n)
+            check(g, p, n)
+            k = p.schedule.ksigma(g.t)
+            assert abs(k[0]/hi-1)<1e-9 and (n==1 or abs(k[-2]/lo-1)<1e-9)
 
 @settings(max_examples=50, deadline=None)
 @given(a=st.floats(.01, 100), b=st.floats(.01, 100), t=st.floats(0, 1))
@@ -126,6 +140,31 @@ def test_shift_by_tokens(tokens, shift):
 
 def test_four_steps_of_flux():
     np.testing.assert_allclose(shifted_by_tokens()(flow, 4, 4096).t, [1, .9045307667, .7595109169, .5128441015, 0], atol=1e-9)
+
+def test_four_steps_of_lcm(): np.testing.assert_allclose(lcm_grid()(sd, 4).net_t[:-1], [999, 759, 499, 259], atol=1e-9)
+
+@pytest.mark.parametrize('a,b', [(.6, .6), (.3, 2.), (1., 1.), (5., .5)])
+def test_beta_levels_are_quantiles(a, b):
+    "Where the levels are, the distribution function is even: by numerical integration of the density, not by its inverse."
+    n, s = 11, sd.schedule
+    k = s.ksigma(beta(a, b)(sd, n).t)[:-1]
+    x = ((k-k[-1])/(k[0]-k[-1])).flip(0)
+    for i in range(1, n-1): assert abs(stats.beta.cdf(x[i], a, b)-i/(n-1))<1e-7
+    quad = integrate.quad(lambda u: u**(a-1)*(1-u)**(b-1), x[2].item(), x[5].item())[0]/special.beta(a, b)
+    assert abs(quad-.3)<1e-6
+
+def test_a_start_in_the_middle():
+    g = uniform(.3)(sd, 7)
+    check(g, sd, 7)
+    assert g.t[0]==.3 and g.net_t[0].round()==299
+    assert torch.equal(uniform(.5)(flow, 4).t, uniform()(flow, 8).t[4:])
+
+@pytest.mark.parametrize('n', [1, 2, 20])
+def test_until_ends_where_it_says(n):
+    g, base = until()(sd, n), leading()(sd, n)
+    assert torch.equal(g.t[:-1], base.t[:-1]) and torch.equal(g.net_t[:-1], base.net_t[:-1])
+    assert g.t[-1]==.001 and abs(g.net_t[-1])<1e-9 # the network may be asked there
+    assert until(.01, uniform())(flow, n).t[-1]==.01
 
 # --- diffusers ---
 @pytest.fixture(scope='module')
@@ -173,6 +212,38 @@ def test_euler_karras(diffusers):
         g = karras()(sd, n)
         np.testing.assert_allclose(sd.schedule.ksigma(g.t), s.sigmas, rtol=2e-5, atol=1e-5)
         np.testing.assert_allclose(g.net_t[:-1], s.timesteps, atol=5e-3) # theirs: float32 logarithms of float32 sigmas
+
+@pytest.mark.parametrize('kind,grid', [('exponential', exponential()), ('beta', beta())])
+@pytest.mark.parametrize('solver', ['EulerDiscrete', 'DPMSolverMultistep', 'UniPCMultistep'])
+def test_other_levels(diffusers, kind, grid, solver):
+    s = getattr(diffusers, solver+'Scheduler')(**betas, **{f'use_{kind}_sigmas': True})
+    for n in (2, 3, 10, 25, 50):
+        s.set_timesteps(n)
+        g = grid(sd, n)
+        np.testing.assert_allclose(sd.schedule.ksigma(g.t), s.sigmas, rtol=5e-5, atol=1e-5)
+        whole = 0 if solver=='EulerDiscrete' else 1 # the others cut the index off
+        assert (g.net_t[:-1]-s.timesteps).abs().max()<whole+5e-3
+
+def test_dpm_solver_rounds_the_index_of_karras(diffusers):
+    s = diffusers.DPMSolverMultistepScheduler(**betas, use_karras_sigmas=True)
+    for n in (2, 3, 10, 25, 50):
+        s.set_timesteps(n)
+        g = karras(entry=torch.round)(sd, n)
+        np.testing.assert_allclose(sd.schedule.ksigma(g.t), s.sigmas, rtol=2e-5, atol=1e-5)
+        assert torch.equal(g.net_t[:-1].round().long(), s.timesteps)
+
+def test_flow_sigmas_of_dpm_solver(diffusers):
+    for shift in (1., 3.):
+        s = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type='flow_prediction', flow_shift=shift)
+        for n in (2, 10, 25):
+            s.set_timesteps(n)
+            np.testing.assert_allclose(shifted(shift, uniform(.999))(flow, n).t, s.sigmas, rtol=1e-5, atol=1e-6)
+
+def test_lcm_timesteps(diffusers):
+    s = diffusers.LCMScheduler(**betas)
+    for n in (1, 2, 3, 4, 7, 8, 16, 33, 50):
+        s.set_timesteps(n)
+        np.testing.assert_allclose(lcm_grid()(sd, n).net_t[:-1], s.timesteps, atol=1e-9, err_msg=f'{n} steps')
 
 def test_edm_sigmas(diffusers):
     s = diffusers.EDMEulerScheduler()
