@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'same_recipe', 'train', 'run_recipe', 'as_yaml', 'Opened', 'weights', 'open_model', 'weigh', 'labels',
            'draw', 'write_images', 'sample', 'reference', 'measure', 'note', 'evaluate', 'listing', 'params',
-           'pictures', 'quickstart', 'command_parser', 'split', 'run', 'main']
+           'pictures', 'quickstart', 'main']
 
 # %% ../nbs/71_cli.ipynb #c2a06eb1
-import inspect, json, os, signal, sys
-from collections.abc import Callable, Sequence
+import inspect, json, signal, sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
-from fastcore.docments import docments
 from torch import Tensor, nn
 from . import __version__
+from .commands import run, say_mistakes
 from .core import nearest, presets
 from .data.images import once, to_uint8
-from .parts import check_part, one_line
+from .parts import check_part
 from .recipes import Recipe, Sample, build, check, conditions, consistent, defaults, identity, keys, make, options
 from .recipes import process, read, shipped
 from .rng import Rng
@@ -279,70 +279,7 @@ def quickstart(
 # %% ../nbs/71_cli.ipynb #ba9d3fa4
 COMMANDS = dict(train=train, sample=sample, eval=evaluate, list=listing, params=params, quickstart=quickstart)
 
-def command_parser(
-    name:str,   # of a command
-    f:Callable, # its function
-):
-    "jsonargparse's parser for a function's parameters: what a command is about comes first, without a flag."
-    import jsonargparse
-    p = jsonargparse.ArgumentParser(exit_on_error=False, prog=f'diffnb {name}', description=inspect.getdoc(f))
-    doc = docments(f)
-    for i,(k,q) in enumerate(inspect.signature(f).parameters.items()):
-        needed = q.default is q.empty
-        if k=='overrides': continue
-        if q.annotation is bool: p.add_argument(f'--{k}', action='store_true', help=doc[k])
-        elif i==0 and k!='out': p.add_argument(k, type=q.annotation, help=doc[k], nargs=None if needed else '?')
-        else: p.add_argument(f'--{k}', type=q.annotation, help=doc[k],
-                            **(dict(required=True) if needed else dict(default=q.default)))
-    return p
-
-def split(
-    name:str,            # of a command
-    f:Callable,          # its function
-    argv:Sequence[str],  # what follows it
-)->tuple[list[str],list[str]]: # its own arguments, and keys of a recipe as `--key=value`
-    "Tell a command's flags from a recipe's keys. ValueError for what is neither."
-    ps, own, over, argv = inspect.signature(f).parameters, [], [], list(argv)
-    flags = [k for k,q in ps.items() if k!='overrides'] + ['help']
-    ks = list(keys()) if 'overrides' in ps else []
-    while argv:
-        tok = argv.pop(0)
-        if not tok.startswith('--'): own.append(tok); continue
-        key, eq, _ = tok[2:].partition('=')
-        is_key = any(key==k or key.startswith(f'{k}.') for k in ks)
-        if not is_key and key not in flags: raise ValueError(f'{name} has no flag --{key}{nearest(key, [*flags, *ks])}')
-        alone = eq or key=='help' or not is_key and ps[key].annotation is bool
-        if not alone and not argv: raise ValueError(f'--{key} needs a value')
-        tok = tok if alone else f'{tok}={argv.pop(0)}'
-        (over if is_key else own).append(tok)
-    return own, over
-
-# %% ../nbs/71_cli.ipynb #ff046c80
-def run(argv:Sequence[str])->int: # the command and its arguments
-    "Run a command. Errors are raised."
-    import jsonargparse
-    name, *rest = argv or ['--help']
-    if name in ('-h', '--help', '--version'):
-        print(f'diffnb {__version__}: diffnb COMMAND ..., and diffnb COMMAND --help for its flags')
-        for k,f in COMMANDS.items(): print(f'  {k:12} {inspect.getdoc(f)}')
-        return 0
-    if name not in COMMANDS: raise ValueError(f'there is no command {name!r}{nearest(name, COMMANDS)}')
-    f = COMMANDS[name]
-    ps = inspect.signature(f).parameters
-    own, over = split(name, f, rest)
-    switches = {k: f'--{k}' in own for k,q in ps.items() if q.annotation is bool}
-    own = [o for o in own if o.removeprefix('--') not in switches] # jsonargparse has a --print_config of its own
-    try: got = command_parser(name, f).parse_args(own).as_dict()
-    except jsonargparse.ArgumentError as e: raise ValueError(f'{name}: {one_line(e)}') from None
-    return f(**got | switches | ({'overrides': over} if 'overrides' in ps else {}))
-
 def main(argv:Sequence[str]|None=None)->int: # without the program's name; None is the shell's
     "Run a command; say what is wrong in one line. DIFFNB_TRACEBACK=1 raises instead."
-    try: return run(sys.argv[1:] if argv is None else list(argv))
-    except SystemExit as e: return e.code or 0 # --help
-    except KeyboardInterrupt: code, text = 130, 'interrupted; the same command goes on from the last checkpoint'
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError) as e:
-        if os.environ.get('DIFFNB_TRACEBACK'): raise
-        code, text = 2, ' '.join(str(e).split())
-    print(f'diffnb: {text}', file=sys.stderr)
-    return code
+    words = sys.argv[1:] if argv is None else list(argv)
+    return say_mistakes(lambda: run(COMMANDS, words, list(keys()), f'diffnb {__version__}'))
