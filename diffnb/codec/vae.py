@@ -200,6 +200,8 @@ class VAE(Codec):
         if any(w%groups for w in widths): raise ValueError(f'{groups} groups do not divide widths of {tuple(widths)}')
         self.scale,self.shift,self.upcast,self.factor,self.z = scale,shift,upcast,2**(len(widths)-1),z
         self.tile,self.overlap,self.at_once = 0,16,0 # of decoding: see `images`
+        self.sizes = dict(widths=list(widths), layers=layers, z=z, groups=groups, quant=quant, scale=scale, shift=shift,
+                          ch=ch, upcast=upcast) # what somebody's configuration would say
         self.encoder = Encoder(ch, widths, layers, z, groups, quant)
         self.decoder = Decoder(ch, widths, layers, z, groups, quant)
         self.requires_grad_(learn)

@@ -186,6 +186,8 @@ class Flux(Denoiser):
         if sum(axes)*heads!=dim or any(a%2 for a in axes):
             raise ValueError(f'axes {tuple(axes)} must be even and add up to the {dim}/{heads} channels of a head')
         self.ch,self.extra,self.axes,self.shape = ch,extra,tuple(axes),tuple(demo)
+        self.sizes = dict(ch=ch, extra=extra, dim=dim, heads=heads, doubles=doubles, singles=singles, ctx=ctx, vec=vec,
+                          guidance=guidance, axes=list(axes), mlp=mlp) # what somebody's configuration would say
         self.img_in,self.txt_in = linear(4*(ch+extra), dim),linear(ctx, dim)
         self.time,self.guidance = TimeEmbed(dim, scale=1000.),TimeEmbed(dim, scale=1000.) if guidance else None
         self.vec = nn.Sequential(linear(vec, dim), nn.SiLU(), linear(dim, dim))
