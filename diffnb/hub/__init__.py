@@ -119,7 +119,7 @@ def open_pickle(
     try: tree = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: # torch raises many kinds
         if 'eights only load failed' not in str(e): raise Damaged(f'{path}: {line(e)}') from None
-        what = re.search(r'(?:GLOBAL|Unsupported global:?) +(\S+)', str(e))
+        what = re.search(r'GLOBAL (\S+)', str(e))
         raise ValueError(f'{path} holds objects besides tensors{f" ({what[1]})" if what else ""}: where you trust it, '
                          'convert it by torch.load(..., weights_only=False) and safetensors.torch.save_file') from None
     found = sets_in(tree)

@@ -117,7 +117,8 @@ def plan(
     moves, claimed = [], {}
     for (j, suffix),got in groups.items():
         ours, theirs, op = rows[j]
-        if len(got)<len(_tuple(ours)): raise ValueError(f'{ours} belong together, and only {got} have a {suffix}')
+        if len(got)<len(_tuple(ours)):
+            raise ValueError(f'{ours} belong together, and only {list(got.values())} have a {suffix}')
         moves.append(Row(tuple(got[i] for i in sorted(got)), tuple(_join(p, suffix) for p in _tuple(theirs)), op))
         for k in moves[-1].theirs:
             if k in claimed: raise ValueError(f'the layout makes {k} of {moves[-1].ours} and of {claimed[k]}')
@@ -162,7 +163,8 @@ def rows_of(
     cls = type(model).__name__
     if layout is None or layout=='ours': return 'ours', [Row(('',), ('',))]
     if isinstance(layout, str):
-        known = {f.facts['of']: f for f in layouts_of(model).values() if f and 'of' in f.facts} | presets('layout')
+        own = [f for f in reversed(layouts_of(model).values()) if f is not None]
+        known = {f.facts['of']: f for f in own if 'of' in f.facts} | presets('layout') # of several the first
         if layout not in known: raise ValueError(f'no layout is called {layout!r}{nearest(layout, ["ours", *known])}')
         layout = known[layout]
     of = getattr(layout, 'facts', {}).get('model', cls)
@@ -181,7 +183,8 @@ def _misfit(move, own, state):
     for k,t in zip(move.ours, got, strict=True):
         if t.shape!=own[k].shape: wrong[k] = f'has shape {tuple(t.shape)} and should have {tuple(own[k].shape)}'
         elif t.is_floating_point()!=own[k].is_floating_point(): wrong[k] = f'is {t.dtype} and should be {own[k].dtype}'
-        if k in wrong and move.theirs!=(k,): wrong[k] += f' (from {", ".join(move.theirs)})'
+        more = f' and {len(theirs)-1} more' if len(theirs)>1 else ''
+        if k in wrong and move.theirs!=(k,): wrong[k] += f' (from {move.theirs[0]}{more})'
     why = '' if wrong else move.op.check([state[k] for k in move.theirs])
     return {move.ours[0]: f'has sources that {why}: {", ".join(move.theirs)}'} if why else wrong
 
@@ -255,11 +258,14 @@ def _fill(model, matched, state, dtype):
 # %% ../../nbs/32_hub.layouts.ipynb #b1962a3a
 def _refuse(model, state, report, tried, strict):
     "ValueError for what does not fit."
-    cls, wrong = type(model).__name__, report.faults(loose=not strict)
+    cls, wrong, better = type(model).__name__, report.faults(loose=not strict), ''
+    if wrong or not report.matched:
+        best = _best(model, state)
+        if len(best.matched)>len(report.matched): better = f'; layout {best.layout} fits better'
     if not report.matched:
         called = f'they are called {", ".join(sorted(state)[:3])} and so on' if state else 'there are none'
         why = '; '.join(report.faults(loose=True)[:2]) or called
-        raise ValueError(f'none of the tensors fits {cls} (layouts tried: {", ".join(tried)}): {why}')
+        raise ValueError(f'none of the tensors fits {cls} (layouts tried: {", ".join(tried)}): {why}{better}')
     names = own_names(model)
     known = {o for k in (*(k for m in report.matched for k in m.ours), *report.mismatched) for o in names[k]}
     known |= report.missing.keys() if strict else set()
@@ -268,7 +274,7 @@ def _refuse(model, state, report, tried, strict):
             wrong.append(f'{k} has no memory and no tensor to fill it: build the network within Hollow(), or for real')
     if wrong:
         more = f' and {len(wrong)-8} more' if len(wrong)>8 else ''
-        raise ValueError(f'the tensors do not fit {cls}: {"; ".join(wrong[:8])}{more} ({report.counts()})')
+        raise ValueError(f'the tensors do not fit {cls}: {"; ".join(wrong[:8])}{more} ({report.counts()}){better}')
 
 # %% ../../nbs/32_hub.layouts.ipynb #a921005b
 def load_state(
