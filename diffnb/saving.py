@@ -43,6 +43,7 @@ def load_into(
 def save(
     denoiser:nn.Module, # made by a preset
     path:str|PathLike,  # folder, new or to be replaced
+    also:dict|None=None, # texts to be kept beside it, by file name, such as its recipe
 )->None:
     "Save a network: its preset's name and arguments, and its tensors. TypeError if it was not made by a preset."
     made = getattr(denoiser, 'preset', None)
@@ -53,6 +54,7 @@ def save(
     with write_folder(path, room=sum(t.numel()*t.element_size() for t in tensors.values())) as folder:
         save_json(folder/'config.json', config)
         save_tensors(folder/'model.safetensors', tensors)
+        for name,text in (also or {}).items(): (folder/name).write_text(text, 'utf-8')
 
 def load(
     path:str|PathLike,             # folder that `save` wrote

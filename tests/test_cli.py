@@ -68,6 +68,7 @@ WRONG = { # command -> what the one line says
     'sample tiny.yaml --out x.png --nn 3': "no flag --nn",
     'sample tiny.yaml --out x.png --n three': 'n: expected int or null, not three',
     'eval nowhere': 'there is no run',
+    'export nowhere --out x': 'there is no run',
     'list sampelr': "did you mean 'sampler'",
     'params diffit_cifar': "did you mean 'diffit_cifar10'",
 }
@@ -104,6 +105,9 @@ def test_session(here, capsys):
     with np.load('x.npz') as z: assert z['x'].shape==(12, 28, 28, 1) and z['x'].dtype==np.uint8 and (z['y']==3).all()
     assert ask('sample run/step-00000004 --out x.png', capsys)[0]==0
     assert Image.open('x.png').size==(291, 30) # ten classes side by side
+    assert ask('export run --out given', capsys)[0]==0 and 'exists' in ask('export run --out given', capsys)[2]
+    assert ask('sample given --n 12 --steps 3 --sampler ddim --w 1.5 --y 3 --seed 1 --out y.npz', capsys)[0]==0
+    with np.load('x.npz') as a, np.load('y.npz') as b: assert (a['x']==b['x']).all()
     code, out, _ = ask('eval run', capsys)
     assert code==0 and 'fid' in out and 'kid' in out
     assert [json.loads(o)['metric'] for o in Path('run/eval.jsonl').read_text().splitlines()]==['fid', 'kid']
@@ -132,7 +136,7 @@ def test_lists(capsys):
     assert '193' not in ask('params diffit_tiny', capsys)[2] and 'parameters' in ask('params diffit_tiny', capsys)[1]
     assert ask('--version', capsys)[0]==0 and 'quickstart' in ask('', capsys)[1]
 
-@pytest.mark.parametrize('command', ['train', 'sample', 'eval', 'list', 'params', 'quickstart'])
+@pytest.mark.parametrize('command', ['train', 'sample', 'eval', 'export', 'list', 'params', 'quickstart'])
 def test_help(command, capsys):
     code, out, _ = ask([command, '--help'], capsys)
     assert code==0 and f'diffnb {command}' in out
@@ -148,6 +152,13 @@ def test_a_recipe_names_no_code(tmp_path):
                 'model: diffit_tiny\nprocess: {schedule: {name: survival, schedule: {fn: os.system}}}', 'model: !!python/object/apply:os.system [ls]'):
         (tmp_path/'bad.yaml').write_text(bad)
         with pytest.raises(ValueError): check(read(tmp_path/'bad.yaml'))
+
+def test_pipe(here):
+    "A reader that leaves early is no mistake."
+    code = 'import sys; from diffnb.cli import main; sys.exit(main())'
+    p = subprocess.Popen([sys.executable, '-c', code, 'list'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    p.stdout.close()
+    assert p.wait(120)==0 and p.stderr.read()==b''
 
 def test_in_a_shell(here):
     "As a process: the exit code, and nothing but the line."
