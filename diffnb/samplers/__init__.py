@@ -101,12 +101,17 @@ def sample(
     _check(shape, guide, w, known, keep, x, start)
     g, rng = tail(grid or uniform(), start)(process, steps, tokens_of(denoiser, shape)), rng or Rng()
     if device is None: device = next((p.device for p in getattr(denoiser, 'parameters', lambda: [])()), 'cpu')
-    if x is None and start<1: x = process.corrupt(known.to(device), g.t[:1], rng=rng.at('start'))[0]
-    if x is None: x = process.prior(shape, rng, t=g.t[0].item(), dtype=dtype, device=device)
+    if x is None: x = _first(process, shape, g, known if start<1 else None, rng, dtype, device)
     net = getattr(process, 'late', lambda net: net)(denoiser) # tokens: the head runs only where one is placed
     call = (guide or constant(w))(net, cond, uncond, keep, mask)
     def hold_at(x, i): return x if keep is None else hold(process, x, known, keep, g.t[i:i+1], rng.at('hold', step=i))
     return _walk(denoiser, process, step or ancestral(), call, hold_at, x, g, rng)
+
+# %% ../../nbs/16_samplers.ipynb #44fa6170
+def _first(process, shape, g, known, rng, dtype, device):
+    "Where a trajectory sets out: what is known, corrupted to the grid's first time, or noise."
+    if known is not None: return process.corrupt(known.to(device), g.t[:1], rng=rng.at('start'))[0]
+    return process.prior(shape, rng, t=g.t[0].item(), dtype=dtype, device=device)
 
 def _check(shape, guide, w, known, keep, x, start):
     "What can be wrong with the arguments is said before the network runs."
