@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['look', 'hold_clean', 'hold_noised', 'tail', 'tokens_of', 'sample', 'ancestral', 'ends', 'ddim', 'euler',
-           'sigma_clock', 'flow_clock', 'clock_of', 'weigh', 'heun', 'log_ratio', 'dpmpp_2m']
+           'sigma_clock', 'flow_clock', 'clock_of', 'weigh', 'carry', 'heun', 'log_ratio', 'ahead', 'dpmpp_2m']
 
 # %% ../../nbs/16_samplers.ipynb #db35afda
 import functools, math
@@ -204,6 +204,19 @@ def weigh(
     (a, x), (b, y), *rest = terms
     return functools.reduce(lambda sofar, o: mix(1., sofar, *o), rest, mix(a, x, b, y))
 
+def carry(
+    x:Tensor,       # where we are
+    a:tuple,        # `(alpha, sigma)` there
+    b:tuple,        # and where we go
+    clock:Callable, # `sigma_clock` or `flow_clock`
+    *slopes:tuple,  # pairs of a weight and an estimate, the weights adding up to 1
+)->Tensor:
+    "Along the mean of slopes from one noise level to another, as the clock counts."
+    (c, u, wx, we), (d, v, _, _) = clock(*a), clock(*b)
+    h = d*(v-u)
+    return weigh((d/c, x), *((h*we*w, o.eps) for w,o in slopes), *((h*wx*w, o.x0) for w,o in slopes))
+
+# %% ../../nbs/16_samplers.ipynb #b9a52228
 @preset('sampler', order=2, stochastic=False)
 def heun(
     clock:Callable|None=None, # `sigma_clock` or `flow_clock`; None takes flow's where some alpha is 0
@@ -214,18 +227,28 @@ def heun(
         est = look(process, call, x, grid, i, state)
         x_s = mix(b[0], est.x0, b[1], est.eps)
         if i+2==len(grid.t): return x_s
-        (c, u, wx, we), (d, v, _, _), other = f(*a), f(*b), look(process, call, x_s, grid, i+1, {})
-        h = d*(v-u)/2
-        return weigh((d/c, x), (h*we, est.eps), (h*we, other.eps), (h*wx, est.x0), (h*wx, other.x0))
+        other = look(process, call, x_s, grid, i+1, {})
+        return carry(x, a, b, f, (.5, est), (.5, other))
     return step
 
-# %% ../../nbs/16_samplers.ipynb #86008fc6
+# %% ../../nbs/16_samplers.ipynb #5aa1087c
 def log_ratio(
     alpha:float, # signal
     sigma:float, # noise
 )->float: # from -inf to inf
     "ln(alpha/sigma), at the ends too."
     return -math.inf if alpha==0 else math.inf if sigma==0 else math.log(alpha/sigma)
+
+def ahead(
+    points:list,   # `(alpha, sigma)` at up to three times: before, now, next
+    est:Est,       # the estimate now
+    prev:Est|None, # the one before
+)->Tensor: # x0
+    "The clean estimate half a step of ln(alpha/sigma) ahead; as it is, where there is nothing to extrapolate from or to."
+    if len(points)<3 or prev is None or points[-1][1]==0: return est.x0
+    past, now, then = (log_ratio(*o) for o in points)
+    k = (then-now)/(now-past)/2
+    return mix(1+k, est.x0, -k, prev.x0)
 
 @preset('sampler', order=2, stochastic=False)
 def dpmpp_2m(
@@ -235,12 +258,8 @@ def dpmpp_2m(
     def step(process, call, x, grid, i, state, rng):
         prev = state.get('est')
         est = look(process, call, x, grid, i, state)
-        *before, (at,st), (as_,ss) = ends(process, x, grid, i, 3)
-        D, q = est.x0, at*ss/(st*as_)
-        if before and ss>0:
-            past, now, then = log_ratio(*before[0]), log_ratio(at, st), log_ratio(as_, ss)
-            k = (then-now)/(now-past)/2
-            D = mix(1+k, est.x0, -k, prev.x0)
+        *_, (at,st), (as_,ss) = points = ends(process, x, grid, i, 3)
+        D, q = ahead(points, est, prev), at*ss/(st*as_)
         x_s, sd = mix(ss/st*q**eta, x, as_*(1-q**(1+eta)), D), ss*(1-q**(2*eta))**.5
         return mix(1., x_s, sd, rng.normal(like=x)) if sd>0 else x_s
     return step
