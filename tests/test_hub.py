@@ -1,5 +1,6 @@
 "Everybody's weights: what fits is loaded to the bit, and what does not is said in one line before anything is touched."
-import inspect, json, shutil
+import ctypes, inspect, json, shutil
+from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -83,6 +84,12 @@ def test_op(name):
     if name!='copies': assert torch.equal(torch.cat([o.flatten() for o in ours]).sort()[0], torch.cat([o.flatten() for o in ts]).sort()[0])
     if name not in ('same', 'copies'): assert [o.tolist() for o in ours]!=[o.tolist() for o in ts]
 
+def test_op_faults():
+    "Rows that cannot be cut are said, and a condition on values survives composition."
+    for op in (cat_of(1, 2), cat_of(1, 1, 1)):
+        with pytest.raises(ValueError, match='4 rows cannot be cut into 2 parts'): op.theirs([torch.zeros(4)], 2)
+    assert as_linear.then(copies).check([torch.zeros(1), torch.ones(1)]) and not swap.then(copies).check([torch.zeros(1)]*2)
+
 def test_op_meaning():
     "Against the layers themselves: a patch convolution is a linear layer on patches, a 1x1 convolution one on channels."
     from diffnb.models.layers import patchify
@@ -99,7 +106,7 @@ def test_plan_covers(net):
     assert sorted(k for m in moves for k in m.ours)==sorted(net.state_dict())
     assert Row(('blocks.1.qkv.bias',), tuple(f'layers.1.{o}.bias' for o in 'qkv'), cat) in moves
 def test_longest_prefix(net):
-    moves = {m.ours: m.theirs for m in plan(net, [Row('', 'x'), Row('blocks.0', 'first'), Row('blocks.0.qkv.bias', 'b')])}
+    moves = {m.ours: m.theirs for m in plan(net, [Row('', 'x'), Row('blocks', 'x.blocks'), Row('blocks.0', 'first'), Row('blocks.0.qkv.bias', 'b')])}
     assert moves[('out.bias',)]==('x.out.bias',) and moves[('blocks.1.qkv.bias',)]==('x.blocks.1.qkv.bias',)
     assert moves[('blocks.0.qkv.weight',)]==('first.qkv.weight',) and moves[('blocks.0.qkv.bias',)]==('b',)
 def test_prefix_ends_at_dot():
@@ -288,7 +295,9 @@ def test_index_leaves_folder(folder, name):
     index_of(folder).write_text(json.dumps(dict(weight_map={**where, 'head.bias': name})))
     fails(lambda: load_folder(folder), index_of(folder).name, 'no file of the same folder', error=Damaged)
 @pytest.mark.parametrize('part', ['..', '../theirs', 'a/../../b', '/etc'])
-def test_part_leaves_folder(folder, part): fails(lambda: load_folder(folder, part=part), 'leaves the folder')
+def test_part_leaves_folder(net, folder, part):
+    save_folder(net, folder/'a')
+    fails(lambda: load_folder(folder/'a', part=part), 'leaves the folder')
 
 def test_wrong_layout(folder):
     fails(lambda: load_folder(folder, layout='old'), str(folder), 'blocks.0.qkv.weight is missing (no layers.0.qkv.weight)', 'layout hub_toy_old: 2 matched',
@@ -302,6 +311,19 @@ def test_files_are_not_kept(folder):
     assert alike(before, bits(net))
     with torch.no_grad():
         for p in net.parameters(): p += 1
+
+def anon(): return 1024*int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])
+def test_memory(tmp_path, monkeypatch):
+    "While a folder is loaded, the network is the only copy of its weights: tensors are read one by one, none before its turn."
+    if not Path('/proc/self/status').exists(): pytest.skip('needs the memory figures of Linux')
+    net = hub_toy(d=512, depth=24) # 100 MB
+    save_folder(net, tmp_path/'a', 'somebody', size=20*2**20)
+    size, seen, get = sum(p.nbytes for p in net.parameters()), [], Files.__getitem__
+    monkeypatch.setattr(Files, '__getitem__', lambda self, k: (seen.append(anon()), get(self, k))[1])
+    ctypes.CDLL(None).malloc_trim(0) # nothing that was freed is to be used again
+    start = anon()
+    other = load_folder(tmp_path/'a')
+    assert .9*size<max(seen)-start<1.15*size and torch.equal(other.out.weight, net.out.weight)
 
 # --- configurations ---
 @pytest.mark.parametrize('change, says', [(dict(width=6), 'blocks.0.qkv.weight has shape (12, 4) and should have (18, 6)'),
