@@ -57,7 +57,9 @@ class EMA:
     )->None:
         "Move the average towards the weights."
         beta = self.decay(seen, batch)
-        for k,v in trained(net).items(): self.avg[k].lerp_(v.to(self.avg[k]), 1-beta)
+        new = trained(net)
+        old = [self.avg[k] for k in new] # all at once: there are many small tensors
+        torch._foreach_lerp_(old, [v.to(a) for v,a in zip(new.values(), old)], 1-beta)
         for k,v in held(net).items(): self.buffers[k].copy_(v)
 
 def trained(net:nn.Module)->dict[str,Tensor]: # name -> parameter
@@ -66,7 +68,8 @@ def trained(net:nn.Module)->dict[str,Tensor]: # name -> parameter
 
 def held(net:nn.Module)->dict[str,Tensor]: # name -> buffer
     "The buffers that a checkpoint holds."
-    return {k: b for k,b in net.named_buffers() if k in net.state_dict()}
+    kept = {f'{n}.{k}'.lstrip('.') for n,m in net.named_modules() for k in m._buffers.keys()-m._non_persistent_buffers_set}
+    return {k: b for k,b in net.named_buffers() if k in kept}
 
 # %% ../../nbs/53_train.ema.ipynb #75bebcb9
 def shares(
