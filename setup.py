@@ -13,10 +13,10 @@ statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Produ
 
 def words(key): return cfg.get(key, '').split()
 
-# every `NAME_requirements` of settings.ini is an extra; `all` is what a user may want, so without `dev`
+# every `NAME_requirements` of settings.ini is an extra; `all` is what any machine can install: not `dev`, nor `gpu`, which needs CUDA
 tail = '_requirements'
 extras = {k.removesuffix(tail): words(k) for k in cfg if k.endswith(tail)}
-extras['all'] = sorted({o for k,v in extras.items() if k!='dev' for o in v})
+extras['all'] = sorted({o for k,v in extras.items() if k not in ('dev', 'gpu') for o in v})
 
 setup(
     name=cfg['lib_name'],

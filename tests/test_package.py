@@ -72,3 +72,12 @@ print(json.dumps([diffnb.__file__, diffnb.__version__, d['Version'], d['Requires
     assert file.startswith(str(tmp_path)) and version==meta and py=='>=3.11' and n
     assert {'all', 'dev'} <= set(extras)
     assert list((tmp_path/'site').glob('*.dist-info/**/LICENSE'))
+
+def test_extras_named(tmp_path):
+    "Every extra that an error names is one that settings.ini has."
+    import configparser, re
+    cfg = configparser.ConfigParser(delimiters=['='])
+    cfg.read(ROOT/'settings.ini')
+    have = {k.removesuffix('_requirements') for k in cfg['DEFAULT'] if k.endswith('_requirements')}
+    named = {m for f in (ROOT/'diffnb').rglob('*.py') for m in re.findall(r"\bneed\('[\w.]+', '(\w+)'\)", f.read_text('utf-8'))}
+    assert named and named<=have, named-have
