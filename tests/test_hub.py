@@ -535,7 +535,12 @@ def tiny():
             if own(f) and n.endswith('_tiny'):
                 with Hollow(): o = f()
                 for l,g in layouts_of(o).items():
-                    if g is None or own(g): yield kind, n, l
+                    if (g is None or own(g)) and fits(o, l): yield kind, n, l
+def fits(o, l):
+    "A class may be built of other blocks than a layout has names for, as a DiT with experts is."
+    try: plan(o, rows_of(o, l)[1])
+    except ValueError as e: return 'no row for' not in str(e)
+    return True
 CASES_TINY = list(tiny())
 @pytest.mark.parametrize('kind, name, layout', CASES_TINY)
 def test_layout(kind, name, layout):
