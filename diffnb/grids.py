@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Grid', 'gridded', 'uniform', 'trailing', 'linspace', 'leading', 'log_index', 'by_level', 'karras', 'edm_grid',
-           'exponential', 'beta', 'shift_time', 'shifted', 'shifted_by_tokens', 'lcm_grid', 'until']
+           'exponential', 'beta', 'shifted', 'shifted_by_tokens', 'lcm_grid', 'until']
 
 # %% ../nbs/14_grids.ipynb #bb477b05
 import math
@@ -16,6 +16,7 @@ from torch import Tensor
 from scipy.special import betaincinv
 from .core import create, preset
 from .rng import whole
+from .weights import shift_time
 
 # %% ../nbs/14_grids.ipynb #0512ead1
 class Grid(NamedTuple):
@@ -50,7 +51,8 @@ def uniform(
 ):
     "Equal steps from `start` to 0; on a table each time is raised to the next entry. ValueError unless 0 < start <= 1."
     if not 0<start<=1: raise ValueError(f'a grid starts within (0,1], not at {start}')
-    return gridded(lambda process, n, tokens: process.schedule.snap(start*torch.arange(n, 0, -1, dtype=torch.float64)/n))
+    def times(process, n, tokens): return process.schedule.snap(start*torch.arange(n, 0, -1, dtype=torch.float64)/n)
+    return gridded(times)
 
 # %% ../nbs/14_grids.ipynb #4bac6afd
 @preset('grid')
@@ -166,14 +168,6 @@ def beta(
     return by_level(lambda hi, lo, u: lo+(hi-lo)*torch.from_numpy(betaincinv(a, b, 1-u.numpy())), smin, smax)
 
 # %% ../nbs/14_grids.ipynb #4fe0bb0c
-def shift_time(
-    t:Tensor,    # times in [0,1]
-    shift:float, # above 1 moves them towards noise
-)->Tensor: # the ends stay
-    "`t/(1-t)` times `shift`, as a time (Esser et al. 2024, Eq. 23). ValueError unless the shift is positive."
-    if not 0<shift<math.inf: raise ValueError(f'a shift is a positive factor, not {shift}')
-    return shift*t/(shift*t+(1-t)) # exactly 1 at 1, which 1+(shift-1)*t below would miss
-
 @preset('grid')
 def shifted(
     shift:float=3.,                # 3 for Stable Diffusion 3 at 1024 pixels
@@ -220,6 +214,7 @@ def until(
         g, T = base(process, n, tokens), process.schedule.T
         if end is None and T is None: raise ValueError(f'{process.schedule.name} has no first entry: say where to end')
         last = torch.tensor([1/T if end is None else end], dtype=torch.float64)
-        if not 0<last<g.t[-2]: raise ValueError(f'the grid is at {g.t[-2]:g} before its last step: {last.item():g} is no end')
+        if not 0<last<g.t[-2]:
+            raise ValueError(f'the grid is at {g.t[-2]:g} before its last step: {last.item():g} is no end')
         return Grid(torch.cat([g.t[:-1], last]), torch.cat([g.net_t[:-1], process.net_t(last)]))
     return grid

@@ -23,6 +23,7 @@ class Schedule:
     fn:Callable = field(repr=False)  # t in [0,1], float64 -> (alpha, sigma)
     abar:Tensor|None = field(default=None, repr=False) # `(T,)`: alpha squared at t = 1/T, 2/T, ..., 1, if it is a table
     space:object = field(default=None, repr=False)     # how a table is read between its entries, see `Space`
+    inverse:Callable|None = field(default=None, repr=False) # sigma/alpha -> t, where there is a formula
     _known:dict = field(default_factory=dict, init=False, repr=False) # t -> (alpha, sigma), as numbers
 
     @property
@@ -93,8 +94,9 @@ def log_snr(self:Schedule,
 def t_of(self:Schedule,
     ksigma:Tensor|float, # noise levels, from 0 to infinity
 )->Tensor: # times, float64
-    "The time of a noise level, the inverse of `ksigma`, by bisection; 1 beyond the schedule's end."
+    "The time of a noise level, the inverse of `ksigma`, by bisection if need be; 1 beyond the schedule's end."
     k = torch.as_tensor(ksigma, dtype=torch.float64, device='cpu')
+    if self.inverse is not None: return torch.where(k>0, self.inverse(k).clamp(0, 1), 0.)
     lo, hi = torch.zeros_like(k), torch.ones_like(k)
     for _ in range(80):
         mid = (lo+hi)/2
@@ -106,14 +108,14 @@ def t_of(self:Schedule,
 @preset('schedule')
 def straight():
     "alpha = 1-t, sigma = t: rectified flow (Liu et al. 2022)."
-    return Schedule('straight', lambda t: (1-t, t))
+    return Schedule('straight', lambda t: (1-t, t), inverse=lambda k: 1/(1+1/k))
 
 @preset('schedule')
 def edm(
     smax:float=80., # the noise level at t = 1
 ):
     "alpha = 1, sigma = smax t: noise is added, the data is not scaled down (Karras et al. 2022)."
-    return Schedule('edm', lambda t: (torch.ones_like(t), smax*t))
+    return Schedule('edm', lambda t: (torch.ones_like(t), smax*t), inverse=lambda k: k/smax)
 
 @preset('schedule')
 def exponential(
@@ -147,7 +149,7 @@ def sigmoid(
 ):
     "Sigmoid in time (Chen 2023, Alg. 1); a table caps its betas at 0.999. ValueError for an empty range."
     if not (tau>0 and start<end and max(-start, end)<700*tau):
-        raise ValueError(f'the sigmoid rises from start to end, both within 700 tau, not from {start} to {end} with {tau}')
+        raise ValueError(f'start < end, both within 700 tau, not {start} and {end} with tau = {tau}')
     a, b = start/tau/2, end/tau/2
     def fn(t):
         def share(d, w): return ((b-a)*d).sinh()/math.sinh(b-a)*math.cosh(w)/(a+(b-a)*t).cosh()
@@ -186,7 +188,11 @@ def table(
         ks = torch.where(ok[lo], space.back(torch.lerp(u[lo], u[lo+1], f)), torch.lerp(v[lo], v[lo+1], f).tan())
         r = (1+ks*ks).sqrt()
         return torch.where(on, A[i], 1/r), torch.where(on, S[i], ks/r)
-    return Schedule(name, fn, abar, space)
+    def inverse(ks):
+        lo = (torch.searchsorted(k, ks.contiguous())-1).clamp(0, T-1)
+        flat, angle = ((o-e[lo])/(e[lo+1]-e[lo]) for o,e in ((space.to(ks), u), (ks.atan(), v)))
+        return (lo+torch.where(ok[lo], flat, angle))/T
+    return Schedule(name, fn, abar, space, inverse)
 
 # %% ../nbs/10_schedules.ipynb #7026e7ff
 def betas_to_abar(

@@ -132,8 +132,8 @@ def test_tabulated_is_the_schedule_at_its_entries():
         assert 0<tabulated(s, 500)(1.)[0]
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: sigmoid(start=1., end=1.), 'rises'), (lambda: sigmoid(tau=0.), 'rises'), (lambda: sigmoid(tau=1e-3), 'rises'),
-    (lambda: sigmoid(end=math.nan), 'rises'), (lambda: exponential(rate=0.), 'rate'), (lambda: exponential(rate=math.nan), 'rate'),
+    (lambda: sigmoid(start=1., end=1.), 'start < end'), (lambda: sigmoid(tau=0.), 'start < end'), (lambda: sigmoid(tau=1e-3), 'start < end'),
+    (lambda: sigmoid(end=math.nan), 'start < end'), (lambda: exponential(rate=0.), 'rate'), (lambda: exponential(rate=math.nan), 'rate'),
     (lambda: exponential(rate=2000.), 'rate'), (lambda: table('t', f64()), 'decrease'), (lambda: table('t', f64(.5, .6)), 'decrease'),
     (lambda: table('t', f64(.5, -.1)), 'decrease'), (lambda: zero_snr(scaled_linear(1)), 'decrease'), (lambda: straight()(f64(.5, 1.1)), 'times'),
     (lambda: straight().wide(f64(-.1), torch.zeros(1)), 'times')])
