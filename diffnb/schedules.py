@@ -286,6 +286,6 @@ def rate(self:Schedule,
     if self.T: raise ValueError(f'{self.name} is a table: alpha has no derivative there')
     t = torch.as_tensor(t, dtype=torch.float64, device='cpu').detach().clone().requires_grad_()
     with torch.enable_grad():
-        alpha = self(t)[0]
+        alpha,hidden = self(t)
         da, = torch.autograd.grad(alpha.sum(), t)
-    return -da/(1-alpha.detach())
+    return -da/hidden.detach()
