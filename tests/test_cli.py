@@ -69,6 +69,9 @@ WRONG = { # command -> what the one line says
     'sample tiny.yaml --out x.png --n three': 'n: expected int or null, not three',
     'eval nowhere': 'there is no run',
     'export nowhere --out x': 'there is no run',
+    'distill nowhere --out x': 'there is no run',
+    'distill fashion --out x --n 12': 'power of two',
+    'distill fashion --out x --train.stepz 5': "did you mean 'train.steps'",
     'list sampelr': "did you mean 'sampler'",
     'params diffit_cifar': "did you mean 'diffit_cifar10'",
 }
@@ -108,6 +111,8 @@ def test_session(here, capsys):
     assert ask('export run --out given', capsys)[0]==0 and 'exists' in ask('export run --out given', capsys)[2]
     assert ask('sample given --n 12 --steps 3 --sampler ddim --w 1.5 --y 3 --seed 1 --out y.npz', capsys)[0]==0
     with np.load('x.npz') as a, np.load('y.npz') as b: assert (a['x']==b['x']).all()
+    assert ask('distill run --out fast --n 4 --until 2 --train.steps=2', capsys)[0]==0 and 'exists' in ask('distill run --out fast', capsys)[2]
+    assert ask('sample fast --n 4 --out z.npz', capsys)[0]==0 and '2 times are listed' in ask('sample fast --n 4 --steps 3 --out u.npz', capsys)[2]
     code, out, _ = ask('eval run', capsys)
     assert code==0 and 'fid' in out and 'kid' in out
     assert [json.loads(o)['metric'] for o in Path('run/eval.jsonl').read_text().splitlines()]==['fid', 'kid']
@@ -136,7 +141,7 @@ def test_lists(capsys):
     assert '193' not in ask('params diffit_tiny', capsys)[2] and 'parameters' in ask('params diffit_tiny', capsys)[1]
     assert ask('--version', capsys)[0]==0 and 'quickstart' in ask('', capsys)[1]
 
-@pytest.mark.parametrize('command', ['train', 'sample', 'eval', 'export', 'list', 'params', 'quickstart'])
+@pytest.mark.parametrize('command', ['train', 'sample', 'eval', 'export', 'distill', 'list', 'params', 'quickstart'])
 def test_help(command, capsys):
     code, out, _ = ask([command, '--help'], capsys)
     assert code==0 and f'diffnb {command}' in out
