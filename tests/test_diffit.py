@@ -1,10 +1,12 @@
-"DiffiT in image space against its equations and tables, in float64 and with random weights: fresh ones hide faults behind the zero head."
+"DiffiT in image space and in latents against its equations and tables, in float64 and with random weights: fresh ones hide faults behind the zero head."
 import pytest, torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from diffnb.core import create, presets
 from diffnb.models.diffit import TMSA, DiffiT, DiffiTBlock, ResBlock, diffit_cifar10, diffit_fashion, diffit_ffhq64, diffit_tiny, plan
+from diffnb.models.diffit_latent import MapBlock, SwishNorm, diffit_latent, diffit_latent_tiny, diffit_xl_2_256, diffit_xl_2_512
 from diffnb.models.layers import attend, sinusoid
 
 NAMES = ['diffit_cifar10', 'diffit_fashion', 'diffit_ffhq64', 'diffit_tiny']
@@ -235,3 +237,67 @@ def test_wrong_pictures():
     for s,words in (((1, 3, 16, 16), 'b,2,h,w'), ((1, 2, 17, 16), 'multiples of 2'), ((1, 2, 12, 12), 'do not tile a map of 6x6')):
         with pytest.raises(ValueError, match=words): net(normal(*s), torch.rand(1))
     assert net(normal(1, 2, 24, 32), torch.rand(1)).shape==(1, 2, 24, 32) # windows tile it: any size goes
+
+# --- in latents: checks 1, 2, 5, 9, 10 (its equations: test_hub_images)
+@pytest.mark.parametrize('f,kw,params,places,gmac,linear', [(diffit_xl_2_256, {}, 561_035_232, 561_330_144, 118.51, 114.28),
+    (diffit_xl_2_256, dict(depth=30), 600_906_752, 601_201_664, 126.97, 122.44), (diffit_xl_2_512, {}, 562_382_816, 563_562_464, 524.42, 456.78)])
+def test_published_latent_sizes(f, kw, params, places, gmac, linear):
+    "561 M and 114 G belong to 28 blocks; the sheet's counts to the last digit and place."
+    with torch.device('meta'):
+        net = f(**kw)
+        with FlopCounterMode(display=False) as c: y = net(torch.empty(1, 4, net.size, net.size), torch.empty(1))
+    n, macs = sum(p.numel() for p in net.parameters()), c.get_total_flops()/2e9
+    assert (n, n+net.pos.numel())==(params, places) and y.shape==(1, 8, net.size, net.size)
+    assert abs(macs-gmac)<.005 and abs(macs-2*len(net.pos)**2*1152*len(net.blocks)/1e9-linear)<.005
+
+def small_latent(**kw): return randomised(diffit_latent(2, 32, 4, **{**dict(size=8, classes=5), **kw}))
+
+def test_latent_starts_at_zero():
+    net = diffit_latent(2, 32, 4, size=8, classes=5)
+    x,t,cond = net.demo(3)
+    assert (net(x, t, **cond)==0).all()
+    c = torch.randn(3, 32, generator=gen())
+    h = torch.randn(3, 16, 32, generator=gen(1))
+    assert (net.blocks[0](h, c)-h).abs().max()>.1 # no gate: not the identity
+    xavier = net.blocks[0].block.attn.time.weight
+    assert .9*(6/(32+96))**.5<xavier.abs().max()<=(6/(32+96))**.5 and .01<net.blocks[0].block.attn.bias.table.std()<.03
+
+def test_latent_block_is_the_image_block_in_one_window():
+    m = randomised(MapBlock(16, 4, 6))
+    x,c = normal(2, 36, 16),normal(2, 16, seed=1)
+    assert m.block.attn.window==6 and diff(m(x, c), m.block(x.view(2, 6, 6, 16), c).view(2, 36, 16))==0
+    moved = x.clone(); moved[0,35,0] += 1 # everyone hears of it, in its own sample
+    d = (m(moved, c)-m(x, c)).abs().amax(-1)>0
+    assert d[0].all() and not d[1].any()
+
+def test_latent_head():
+    x,c = normal(2, 5, 16),normal(2, 16, seed=1)
+    h = (x-x.mean(-1, keepdim=True))/(x.var(-1, correction=0, keepdim=True)+1e-6).sqrt()
+    assert diff(SwishNorm(16)(x, c), h*h.sigmoid())<1e-12
+
+def test_latent_time_acts_through_attention_alone():
+    net = small_latent()
+    x,y = normal(2, 4, 8, 8),torch.tensor([1, 2])
+    a,b = torch.tensor([.2]),torch.tensor([700.])
+    assert diff(net(x, a, y=y), net(x, b, y=y))>.1
+    for m in net.blocks: nn.init.zeros_(m.block.attn.time.weight)
+    assert torch.equal(net(x, a, y=y), net(x, b, y=y)) and torch.equal(net(x, a, y=y), net(x, a))
+
+def test_latent_token(): # check 10
+    net = small_latent(classes=1000)
+    t,y = torch.tensor([17.], dtype=torch.float64),torch.tensor([3])
+    h = sinusoid(t, 256)@net.time.mlp[0].weight.T+net.time.mlp[0].bias
+    want = (h*h.sigmoid())@net.time.mlp[2].weight.T+net.time.mlp[2].bias+net.label.table.weight[3]
+    assert diff(net.token(t, y), want)<1e-10 and torch.equal(net.token(t), net.token(t, torch.tensor([1000])))
+
+def test_latent_one_row_for_all():
+    "One label for all samples: one time token, the same result."
+    net = small_latent()
+    x,one,y = normal(3, 4, 8, 8),torch.tensor([.3], dtype=torch.float64),torch.full((3,), 2)
+    rows = []
+    net.blocks[1].block.attn.time.register_forward_hook(lambda m,a,o: rows.append(len(o)))
+    got = net(x, one, **net.prepare(y=y))
+    assert rows==[1] and diff(got, net(x, one.expand(3), y=y))<1e-12
+
+def test_latent_tiny_is_tiny():
+    assert sum(p.numel() for p in diffit_latent_tiny().parameters())<200_000
