@@ -4,10 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'readers', 'LEVELS', 'Sampling', 'Options', 'reads', 'sampling', 'process_of', 'spaced', 'between', 'told',
-           'to_first', 'clipping', 'read_ddpm', 'read_ddim', 'read_pndm', 'read_lcm', 'levelled', 'read_euler',
-           'read_euler_ancestral', 'read_heun', 'solver_grid', 'flow_mode', 'dpmpp_step', 'read_dpmpp', 'read_unipc',
-           'flow_times', 'read_flow_euler', 'read_flow_heun', 'read_flow_lcm', 'edm_mode', 'read_edm_euler',
-           'read_edm_dpmpp']
+           'to_first', 'clipping', 'levelled', 'solver_grid', 'flow_mode', 'dpmpp_step', 'flow_times', 'edm_mode']
 
 # %% ../../nbs/34_hub.schedulers.ipynb #b6a3073e
 import json, math
@@ -57,15 +54,18 @@ class Options(dict):
         if len(got)>1: raise ValueError(f'{got[0]} and {got[1]} are both true')
         return table[got[0]] if got else None
 
-FOREIGN = set('''algorithm_type base_image_seq_len base_shift beta_end beta_schedule beta_start clip_sample clip_sample_range
-    disable_corrector dynamic_thresholding_ratio euler_at_final final_sigmas_type flow_shift interpolation_type invert_sigmas
-    lambda_min_clipped lower_order_final max_image_seq_len max_shift num_train_timesteps original_inference_steps
-    prediction_type predict_epsilon predict_x0 rescale_betas_zero_snr rho sample_max_value set_alpha_to_one shift
-    shift_terminal sigma_data sigma_max sigma_min sigma_schedule skip_prk_steps solver_order solver_p solver_type steps_offset
-    stochastic_sampling thresholding time_shift_type timestep_scaling timestep_spacing timestep_type trained_betas
-    use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas use_lu_lambdas
-    variance_type'''.split())
+FOREIGN = set('''algorithm_type base_image_seq_len base_shift beta_end beta_schedule beta_start clip_sample
+    clip_sample_range disable_corrector dynamic_thresholding_ratio euler_at_final final_sigmas_type
+    flow_shift interpolation_type invert_sigmas lambda_min_clipped lower_order_final max_image_seq_len
+    max_shift num_train_timesteps original_inference_steps prediction_type predict_epsilon predict_x0
+    rescale_betas_zero_snr rho sample_max_value set_alpha_to_one shift shift_terminal sigma_data
+    sigma_max sigma_min sigma_schedule skip_prk_steps solver_order solver_p solver_type steps_offset
+    stochastic_sampling thresholding time_shift_type timestep_scaling timestep_spacing timestep_type
+    trained_betas use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas
+    use_karras_sigmas use_lu_lambdas variance_type
+    '''.split()) # options of all their schedulers
 
+# %% ../../nbs/34_hub.schedulers.ipynb #58509cc3
 readers = {} # class name -> (`Options` -> `Sampling`)
 
 def reads(
@@ -87,11 +87,11 @@ def sampling(
     "Theirs as ours. ValueError for a class or an option, named with its value, that we do not know or do not honour."
     if not isinstance(config, Mapping):
         path = Path(config)
-        for f in (path/'scheduler'/'scheduler_config.json', path/'scheduler_config.json'): path = f if f.is_file() else path
-        config = json.loads(path.read_text(encoding='utf-8'))
+        inside = [f for f in (path/'scheduler_config.json', path/'scheduler'/'scheduler_config.json') if f.is_file()]
+        config = json.loads((inside or [path])[0].read_text(encoding='utf-8'))
     if not isinstance(config, Mapping): raise ValueError('a configuration is a JSON object with `_class_name`')
     name, o = config.get('_class_name'), Options(config)
-    if name not in readers: raise ValueError(f'no scheduler of ours stands for {name!r}{nearest(name, readers)}')
+    if name not in readers: raise ValueError(f'no scheduler of ours stands for {name!r}{nearest(str(name), readers)}')
     try:
         s = readers[name](o)
         for k,v in o.items():
@@ -99,7 +99,7 @@ def sampling(
     except (ValueError, TypeError) as e: raise ValueError(f'{name}: {e}') from None
     return s
 
-# %% ../../nbs/34_hub.schedulers.ipynb #82187f77
+# %% ../../nbs/34_hub.schedulers.ipynb #df3c8059
 def process_of(
     o:Options,               # a configuration
     first:float=1e-4,        # the class's usual first beta
@@ -118,9 +118,12 @@ def process_of(
     if betas is not None: s = table('trained_betas', betas_to_abar(torch.tensor(betas, dtype=torch.float64)))
     if o.get('rescale_betas_zero_snr', False):
         s = zero_snr(s)
-        if end: s = table(s.name, torch.cat([s.abar[:-1], s.abar.new_tensor([end])]))
+        if end:
+            if s.abar[-2]<=end: raise ValueError('rescale_betas_zero_snr is True, and their last entry is above the one before')
+            s = table(s.name, torch.cat([s.abar[:-1], s.abar.new_tensor([end])]))
     return Gaussian(s, pred, learned=learned)
 
+# %% ../../nbs/34_hub.schedulers.ipynb #a9a6a111
 def spaced(
     o:Options,           # a configuration
     usual:str,           # the class's usual spacing
@@ -146,6 +149,7 @@ def between(
         return make(smin=low or k[-1].item(), smax=high or k[0].item())(process, n, tokens)
     return grid
 
+# %% ../../nbs/34_hub.schedulers.ipynb #53fd64ec
 def told(
     base:Callable,  # a grid
     entry:Callable, # index -> index
@@ -167,7 +171,7 @@ def to_first(
         return Grid(g.t[:-1], g.net_t[:-1])
     return grid
 
-# %% ../../nbs/34_hub.schedulers.ipynb #a9a6a111
+# %% ../../nbs/34_hub.schedulers.ipynb #6a048aee
 def clipping(
     o:Options,     # a configuration
     step:Callable, # a solver
@@ -178,9 +182,7 @@ def clipping(
     return clipped(step, limit) if o.get('clip_sample', usual) else step
 
 @reads('DDPMScheduler', thresholding=False)
-def read_ddpm(
-    o:Options, # a configuration
-)->Sampling:
+def _ddpm(o):
     "Ancestral sampling."
     kinds = dict(fixed_small=(ancestral(), None), fixed_small_log=(ancestral(), None), fixed_large=(ddpm(1.), None),
                  learned_range=(ancestral(), LearnedRange()))
@@ -188,33 +190,29 @@ def read_ddpm(
     return Sampling(process_of(o, learned=learned), spaced(o, 'leading'), clipping(o, step, True))
 
 @reads('DDIMScheduler', thresholding=False)
-def read_ddim(
-    o:Options, # a configuration
-)->Sampling:
+def _ddim(o):
     "DDIM without noise: eta is no option of theirs but an argument of the call."
     grid = spaced(o, 'leading')
-    return Sampling(process_of(o), grid if o.get('set_alpha_to_one', True) else to_first(grid), clipping(o, ddim(), True))
+    if not o.get('set_alpha_to_one', True): grid = to_first(grid)
+    return Sampling(process_of(o), grid, clipping(o, ddim(), True))
 
+# %% ../../nbs/34_hub.schedulers.ipynb #7fefb520
 @reads('PNDMScheduler')
-def read_pndm(
-    o:Options, # a configuration
-)->Sampling:
+def _pndm(o):
     "Linear multistep, with or without Runge and Kutta."
     grid = spaced(o, 'leading')
-    return Sampling(process_of(o), grid if o.get('set_alpha_to_one', False) else to_first(grid),
-                    plms() if o.get('skip_prk_steps', False) else pndm())
+    if not o.get('set_alpha_to_one', False): grid = to_first(grid)
+    return Sampling(process_of(o), grid, plms() if o.get('skip_prk_steps', False) else pndm())
 
 @reads('LCMScheduler', thresholding=False)
-def read_lcm(
-    o:Options, # a configuration
-)->Sampling:
+def _lcm(o):
     "A few consistency steps."
     for k in ('set_alpha_to_one', 'timestep_spacing', 'steps_offset'): o.get(k) # change nothing there
     process = process_of(o, .00085, .012, 'scaled_linear')
     return Sampling(process, lcm_grid(o.get('original_inference_steps', 50)),
                     clipping(o, lcm(scale=o.get('timestep_scaling', 10.)), False))
 
-# %% ../../nbs/34_hub.schedulers.ipynb #9754f92f
+# %% ../../nbs/34_hub.schedulers.ipynb #a08b448d
 def levelled(
     o:Options, # a configuration
 )->Callable: # a grid
@@ -224,29 +222,23 @@ def levelled(
     return base if make is None else between(make, base, low, high)
 
 @reads('EulerDiscreteScheduler', interpolation_type='linear', timestep_type='discrete')
-def read_euler(
-    o:Options, # a configuration
-)->Sampling:
+def _euler(o):
     "Euler's method."
     grid = levelled(o)
     ends = dict(zero=grid, sigma_min=to_first(grid))
     return Sampling(process_of(o, end=2**-24), o.pick('final_sigmas_type', ends, 'zero'), euler())
 
 @reads('EulerAncestralDiscreteScheduler')
-def read_euler_ancestral(
-    o:Options, # a configuration
-)->Sampling:
+def _euler_ancestral(o):
     "Euler's method with noise."
     return Sampling(process_of(o, end=2**-24), spaced(o, 'linspace', entry=lambda i: i), euler_ancestral())
 
 @reads('HeunDiscreteScheduler', clip_sample=False)
-def read_heun(
-    o:Options, # a configuration
-)->Sampling:
+def _heun(o):
     "Heun's method."
     return Sampling(process_of(o, .00085, .012), levelled(o), heun())
 
-# %% ../../nbs/34_hub.schedulers.ipynb #7fefb520
+# %% ../../nbs/34_hub.schedulers.ipynb #0267f6de
 def solver_grid(
     o:Options,        # a configuration
     karras_entry:Callable, # what becomes of Karras' indices
@@ -268,6 +260,7 @@ def flow_mode(
     T, shift = o.get('num_train_timesteps', 1000), o.get('flow_shift', 1.)
     return Gaussian(straight(), pred), shifted(shift, gridded(lambda process, n, tokens: times(T, n)))
 
+# %% ../../nbs/34_hub.schedulers.ipynb #aafe5736
 def dpmpp_step(
     o:Options, # a configuration
 )->Callable: # a solver
@@ -277,10 +270,8 @@ def dpmpp_step(
 
 @reads('DPMSolverMultistepScheduler', solver_type=('midpoint', 'logrho', 'bh1', 'bh2'), thresholding=False,
     final_sigmas_type='zero', use_lu_lambdas=False, lambda_min_clipped=-math.inf, solver_order=(2, 1),
-    algorithm_type=('dpmsolver++', 'sde-dpmsolver++'))
-def read_dpmpp(
-    o:Options, # a configuration
-)->Sampling:
+    algorithm_type=('dpmsolver++', 'sde-dpmsolver++'), variance_type=(None, 'learned', 'learned_range'))
+def _dpmpp(o):
     "DPM-Solver++."
     for k in ('lower_order_final', 'euler_at_final', 'time_shift_type'): o.get(k) # with a last step to 0: no change
     entry = torch.floor if o.get('beta_schedule')=='squaredcos_cap_v2' else torch.round
@@ -292,15 +283,13 @@ def read_dpmpp(
 @reads('UniPCMultistepScheduler', solver_order=2, solver_type=('bh2', 'midpoint', 'heun', 'logrho'), predict_x0=True,
     thresholding=False, lower_order_final=True, disable_corrector=[], solver_p=None, final_sigmas_type='zero',
     sigma_min=None, sigma_max=None, shift_terminal=None)
-def read_unipc(
-    o:Options, # a configuration
-)->Sampling:
+def _unipc(o):
     "UniPC of order 2."
     o.get('time_shift_type') # without dynamic shifting: no change
     def even(T, n): return 1-(1-1/T)*torch.arange(n, dtype=torch.float64)/n
     return Sampling(*flow_mode(o, solver_grid(o, torch.round), even), unipc())
 
-# %% ../../nbs/34_hub.schedulers.ipynb #a08b448d
+# %% ../../nbs/34_hub.schedulers.ipynb #1a27e97e
 def flow_times(
     o:Options, # a configuration
 )->Callable: # a grid
@@ -313,27 +302,23 @@ def flow_times(
     return shifted_by_tokens(few, many) if o.get('use_dynamic_shifting', False) else shifted(shift, even)
 
 @reads('FlowMatchEulerDiscreteScheduler')
-def read_flow_euler(
-    o:Options, # a configuration
-)->Sampling:
+def _flow_euler(o):
     "Euler's method on a flow; with stochastic sampling, a jump to the end and noise put back."
-    return Sampling(Gaussian(straight(), 'flow'), flow_times(o), lcm(sd=0.) if o.get('stochastic_sampling') else euler())
+    step = lcm(sd=0.) if o.get('stochastic_sampling', False) else euler()
+    return Sampling(Gaussian(straight(), 'flow'), flow_times(o), step)
 
 @reads('FlowMatchHeunDiscreteScheduler')
-def read_flow_heun(
-    o:Options, # a configuration
-)->Sampling:
+def _flow_heun(o):
     "Heun's method on a flow."
     return Sampling(Gaussian(straight(), 'flow'), flow_times(o), heun())
 
 @reads('FlowMatchLCMScheduler', scale_factors=None)
-def read_flow_lcm(
-    o:Options, # a configuration
-)->Sampling:
+def _flow_lcm(o):
     "A jump to the end of the flow and noise put back."
     o.get('upscale_mode') # without scale factors: no change
     return Sampling(Gaussian(straight(), 'flow'), flow_times(o), lcm(sd=0.))
 
+# %% ../../nbs/34_hub.schedulers.ipynb #60b03888
 def edm_mode(
     o:Options, # a configuration
 )->tuple: # process and grid
@@ -344,17 +329,14 @@ def edm_mode(
     return Gaussian(edm(high), edm_row(o.get('sigma_data', .5))), o.pick('sigma_schedule', kinds, 'karras')()
 
 @reads('EDMEulerScheduler', prediction_type='epsilon', final_sigmas_type='zero')
-def read_edm_euler(
-    o:Options, # a configuration
-)->Sampling:
+def _edm_euler(o):
     "Euler's method for EDM's networks."
     return Sampling(*edm_mode(o), euler())
 
 @reads('EDMDPMSolverMultistepScheduler', prediction_type='epsilon', final_sigmas_type='zero', thresholding=False,
-    solver_type=('midpoint', 'logrho', 'bh1', 'bh2'), solver_order=(2, 1), algorithm_type=('dpmsolver++', 'sde-dpmsolver++'))
-def read_edm_dpmpp(
-    o:Options, # a configuration
-)->Sampling:
+    solver_type=('midpoint', 'logrho', 'bh1', 'bh2'), solver_order=(2, 1),
+    algorithm_type=('dpmsolver++', 'sde-dpmsolver++'))
+def _edm_dpmpp(o):
     "DPM-Solver++ for EDM's networks."
     for k in ('lower_order_final', 'euler_at_final'): o.get(k) # with a last step to 0: no change
     return Sampling(*edm_mode(o), dpmpp_step(o))
