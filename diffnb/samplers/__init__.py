@@ -102,7 +102,7 @@ def sample(
     g, rng = tail(grid or uniform(), start)(process, steps, tokens_of(denoiser, shape)), rng or Rng()
     if device is None: device = next((p.device for p in getattr(denoiser, 'parameters', lambda: [])()), 'cpu')
     if x is None: x = _first(process, shape, g, known if start<1 else None, rng, dtype, device)
-    net = denoiser if guide or not hasattr(process, 'late') else process.late(denoiser) # tokens: a head where one is placed
+    net = denoiser if guide or not hasattr(process, 'late') else process.late(denoiser) # its head runs where asked
     call = (guide or constant(w))(net, cond, uncond, keep, mask)
     def hold_at(x, i): return x if keep is None else hold(process, x, known, keep, g.t[i:i+1], rng.at('hold', step=i))
     return _walk(denoiser, process, step or ancestral(), call, hold_at, x, g, rng)
