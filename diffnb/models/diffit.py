@@ -67,6 +67,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.conv = nn.Sequential(group_norm(cin), nn.SiLU(), nn.Dropout(dropout), conv3(cin, cout))
         self.block = DiffiTBlock(cout, dt, **kw)
+        for l in (self.block.attn.attn.proj, self.block.mlp[2]): zero_(l) # at first the block is its convolution
         self.res = nn.Identity() if cin==cout else nn.Conv2d(cin, cout, 1)
     def forward(self, x:Float[Tensor,'b c h w'], c:Float[Tensor,'#b t'])->Float[Tensor,'b d h w']:
         h = rearrange(self.conv(x), 'b d h w -> b h w d') # channels last: a view, no copy, see `DiffiT.features`
