@@ -2,6 +2,7 @@
 import ctypes, inspect, json, shutil
 from pathlib import Path
 import pytest, torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from diffnb.core import Denoiser, Feats, create, preset, presets
@@ -261,6 +262,7 @@ def test_shards(net, folder):
     files = sorted(f.name for f in folder.glob('*.safetensors'))
     assert len(files)>3 and files[0]==f'diffusion_pytorch_model-00001-of-{len(files):05d}.safetensors'
     assert all(sum(t.nbytes for t in s.values())<=200 or len(s)==1 for s in (load_file(folder/f) for f in files))
+    with safe_open(folder/files[0], 'pt') as f: assert f.metadata()=={'format': 'pt'} # transformers looks for it
     assert load_json(index_of(folder))['metadata']['total_size']==sum(t.nbytes for f in files for t in load_file(folder/f).values())
     assert alike(bits(net), bits(load_folder(folder)))
 def test_cut():
@@ -530,24 +532,31 @@ def test_diffusers_opens(net, folder, tmp_path):
 
 # --- every layout ---
 def own(f): return inspect.unwrap(f).__module__.startswith('diffnb.')
+def part_of(net, cls): return next(m for m in net.modules() if type(m).__name__==cls)
+def refused(f):
+    "Does it say, by a ValueError, that this network has no such form?"
+    try: f()
+    except ValueError: return True
+    except Exception: pass # the test shall see it
+    return False
 def tiny():
-    "The tiny networks and codecs of the package, with each layout that their class has."
+    "The tiny networks and codecs of the package and those of their parts that somebody keeps apart, with each layout and config that takes them."
     for kind in ('denoiser', 'codec'):
         for n,f in presets(kind).items():
-            if own(f) and n.endswith('_tiny'):
-                with Hollow(): o = f()
-                for l,g in layouts_of(o).items():
-                    if (g is None or own(g)) and fits(o, l): yield kind, n, l
-def fits(o, l):
-    "A class may be built of other blocks than a layout has names for, as a DiT with experts is."
-    try: plan(o, rows_of(o, l)[1])
-    except ValueError as e: return 'no row for' not in str(e)
-    return True
-CASES_TINY = list(tiny())
-@pytest.mark.parametrize('kind, name, layout', CASES_TINY)
-def test_layout(kind, name, layout):
+            if not (own(f) and n.endswith('_tiny')): continue
+            with Hollow(): net = f()
+            for m in {type(m): m for m in reversed(list(net.modules()))}.values():
+                for l,g in layouts_of(m).items():
+                    if not (own(g) if g else m is net) or refused(lambda: plan(m, rows_of(m, l)[1])): continue
+                    configs = [c for c,h in presets('config').items() if own(h) and (h.facts['model'], h.facts['layout'])==(type(m).__name__, l)]
+                    yield kind, n, type(m).__name__, l, [c for c in configs if not refused(lambda: presets('config')[c]().theirs(m))]
+TINY = list(tiny())
+CASES_TINY, CONFIGS = [o[:4] for o in TINY], [(*o[:3], c) for o in TINY for c in o[4]]
+@pytest.mark.parametrize('kind, name, cls, layout', CASES_TINY)
+def test_layout(kind, name, cls, layout):
     "Every tensor of ours once, none of theirs twice; ours to theirs to ours is exact, also for a network without memory."
-    net = randomise(create(name, kind=kind))
+    def fresh(): return part_of(create(name, kind=kind), cls)
+    net = randomise(fresh())
     moves = plan(net, rows_of(net, layout)[1])
     mine = [k for m in moves for k in m.ours]
     assert len(mine)==len(set(mine)) and set(mine)=={v[0] for v in layouts.own_names(net).values()}
@@ -555,22 +564,22 @@ def test_layout(kind, name, layout):
     r = compare(net, theirs, layout)
     assert not r.faults() and all(any(k==row.theirs[0] for row in rows_of(net, layout)[1]) for k in r.ignored)
     assert len({t.untyped_storage().data_ptr() for t in theirs.values() if t.numel()})==sum(t.numel()>0 for t in theirs.values())
-    with Hollow(): hollow = create(name, kind=kind)
-    for other in (randomise(create(name, kind=kind), 1), hollow):
+    with Hollow(): hollow = fresh()
+    for other in (randomise(fresh(), 1), hollow):
         load_state(other, theirs, layout)
         assert alike(bits(net), bits(other))
     assert find_layout(net, theirs)==layout or alike(dump_state(net, find_layout(net, theirs)), theirs) # found by its names
 
-def test_every_layout_is_tested():
-    tested = {l for _,_,l in CASES_TINY}
-    assert not [n for n,f in presets('layout').items() if own(f) and n not in tested]
+@pytest.mark.parametrize('what, tested', [('layout', {o[3] for o in CASES_TINY}), ('config', {o[3] for o in CONFIGS})])
+def test_all_are_tested(what, tested):
+    "There is a tiny network, or part of one, for each layout and each config."
+    assert not [n for n,f in presets(what).items() if own(f) and n not in tested]
 
-CONFIGS = [(kind, n, c) for kind, n, l in CASES_TINY for c,f in presets('config').items() if own(f) and f.facts['layout']==l]
-@pytest.mark.parametrize('kind, name, config', CONFIGS)
-def test_config(kind, name, config, tmp_path):
+@pytest.mark.parametrize('kind, name, cls, config', CONFIGS)
+def test_config(kind, name, cls, config, tmp_path):
     "A folder in somebody's form says enough to make the network again."
     f = presets('config')[config]
-    net = randomise(create(name, kind=kind))
+    net = randomise(part_of(create(name, kind=kind), cls))
     check_plain(f().theirs(net))
     save_folder(net, tmp_path/'a', f.facts['layout'])
     other = load_folder(tmp_path/'a')
