@@ -155,6 +155,18 @@ def test_single_block_by_hand():
     want = x+gate*layer(m.lin2, torch.cat([attention(*heads(m.heads, h[...,:48], 2), turn), gelu(h[...,48:])], -1))
     assert diff(m(x, c, turn), want)<1e-10
 
+def test_without_gradients_the_same():
+    "Where no gradient is wanted, results are written over what is no longer needed; the input is not."
+    net = small()
+    x, t, cond = inputs(net)
+    kept = {k: v.clone() for k,v in (('x', x), *cond.items())}
+    want = net(x, t, **cond)
+    with torch.no_grad():
+        assert diff(net(x, t, **cond), want)<1e-12
+        ready = net.prepare(**cond)
+        assert diff(net(x, t, **ready), want)<1e-12 and diff(net(x, t, **ready), want)<1e-12
+    assert all(torch.equal(kept[k], v) for k,v in (('x', x), *cond.items()))
+
 def test_last_layer_and_vector_by_hand():
     "c = swish(time + guidance + text), times 1000 inside; the head's order is shift, scale."
     net = small(doubles=0, singles=0)
@@ -338,3 +350,24 @@ def test_sampling():
 def test_gelu_is_the_tanh_form():
     x = normal(100)
     assert diff(gelu(x), F.gelu(x, approximate='tanh'))<1e-12
+
+@pytest.mark.parametrize('backend', ['eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_compiles_whole(backend):
+    "One graph, with and without gradients, prepared or not; in a process of its own, where annotations are not checked."
+    import os, subprocess, sys
+    code = '''
+import sys, torch
+from diffnb.codec.vae import vae_tiny
+from diffnb.models.flux import flux_tiny
+net = flux_tiny()
+for p in net.parameters(): p.data.normal_(std=.1)
+x, t, cond = net.demo(2)
+f = torch.compile(net, backend=sys.argv[1], fullgraph=True)
+assert (f(x, t, **cond)-net(x, t, **cond)).abs().max()<1e-5
+with torch.no_grad():
+    ready, v, z = net.prepare(**cond), vae_tiny(), torch.randn(1, 4, 4, 4)
+    assert (f(x, t, **ready)-net(x, t, **ready)).abs().max()<1e-5
+    decode = torch.compile(v.decoder, backend=sys.argv[1], fullgraph=True)
+    assert (decode(z)-v.decoder(z)).abs().max()<1e-4
+'''
+    subprocess.run([sys.executable, '-c', code, backend], check=True, env={**os.environ, 'DIFFNB_TYPECHECK': '0'})

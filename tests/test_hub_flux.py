@@ -313,3 +313,23 @@ def test_wrong_layouts_are_told():
     state['norm_out.linear.weight'] = state['norm_out.linear.weight'][1:]
     with pytest.raises(ValueError, match='mod.weight'): load_state(net, state, 'flux_diffusers')
     assert isinstance(vae_tiny(), VAE)
+
+def test_published_configs():
+    "The files that lie beside the published weights, from which the presets' sizes follow."
+    flux_dev = {'_class_name': 'FluxTransformer2DModel', '_diffusers_version': '0.30.0.dev0', 'attention_head_dim': 128, 'guidance_embeds': True,
+                'in_channels': 64, 'joint_attention_dim': 4096, 'num_attention_heads': 24, 'num_layers': 19, 'num_single_layers': 38, 'patch_size': 1,
+                'pooled_projection_dim': 768}
+    n = 4
+    ae = dict(act_fn='silu', block_out_channels=[128, 256, 512, 512], down_block_types=['DownEncoderBlock2D']*n, in_channels=3, out_channels=3,
+              layers_per_block=2, norm_num_groups=32, up_block_types=['UpDecoderBlock2D']*n)
+    with torch.device('meta'):
+        for config,want in ((flux_dev, 'flux_dev'), ({**flux_dev, 'guidance_embeds': False}, 'flux_schnell')):
+            assert flux_config().ours(config).sizes==create(want).sizes
+        fill = {**flux_dev, 'in_channels': 384, 'out_channels': 64, 'axes_dims_rope': [16, 56, 56]}
+        assert flux_config().ours(fill).sizes==create('flux_dev', extra=80).sizes
+        sd = {**ae, 'latent_channels': 4, 'sample_size': 512}
+        xl = {**ae, 'latent_channels': 4, 'sample_size': 1024, 'force_upcast': True, 'scaling_factor': .13025}
+        flux = {**ae, 'latent_channels': 16, 'sample_size': 1024, 'force_upcast': True, 'scaling_factor': .3611, 'shift_factor': .1159,
+                'use_quant_conv': False, 'use_post_quant_conv': False, 'latents_mean': None, 'latents_std': None, 'mid_block_add_attention': True}
+        for config,want in ((sd, 'sd_vae'), (xl, 'sdxl_vae'), (flux, 'flux_vae')):
+            assert vae_config().ours(config).sizes==create(want, kind='codec').sizes

@@ -58,7 +58,7 @@ def rotate(
     turn:Complex[Tensor,'n e'], # e = d/2, see `rotary`
 )->Float[Tensor,'b n h d']:
     "Turn each pair of channels: one complex multiplication, in at least float32."
-    pairs = x.to(turn.dtype.to_real()).unflatten(-1, (-1, 2))
+    pairs = x.to(turn.real.dtype).unflatten(-1, (-1, 2))
     return torch.view_as_real(torch.view_as_complex(pairs)*turn[:,None]).flatten(-2).to(x.dtype)
 
 # %% ../../nbs/24_models.flux.ipynb #0fb0923a
@@ -155,7 +155,16 @@ class SingleBlock(nn.Module):
         shift,scale,gate = self.mod(c)[:,None].chunk(3, -1)
         h = self.lin1(modulate(x, shift, scale))
         o = look(*self.heads(h[...,:self.cut]), turn)
-        return torch.addcmul(x, gate, self.lin2(torch.cat([o, F.gelu(h[...,self.cut:], approximate='tanh')], -1)))
+        return torch.addcmul(x, gate, self.lin2(self.beside(o, h)))
+    def beside(self, o, h)->Tensor:
+        "What attention gave and gelu of the rest, side by side; without gradients in the place where v was."
+        mlp = h[...,self.cut:]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.cat([o, F.gelu(mlp, approximate='tanh')], -1)
+        F.gelu(mlp, approximate='tanh', out=mlp)
+        both = h[...,self.cut-o.shape[-1]:]
+        both[...,:o.shape[-1]] = o
+        return both
 
 # %% ../../nbs/24_models.flux.ipynb #5b241aba
 class Flux(Denoiser):
@@ -194,7 +203,7 @@ class Flux(Denoiser):
         txt = cond['txt'].expand(len(x), -1, -1)
         sizes = [(o.shape[2]//2, o.shape[3]//2) for o in parts]
         turn = rotary(positions(txt.shape[1], *sizes, device=x.device), self.axes)
-        turn = turn.to(torch.promote_types(img.dtype, torch.float32).to_complex())
+        turn = turn.to(torch.complex128 if img.dtype==torch.float64 else torch.complex64)
         c = F.silu(self.time(net_t)+cond['pooled'])
         for block in self.doubles: img,txt = block(img, txt, c, turn)
         h,m,n = torch.cat([txt, img], 1),txt.shape[1],sizes[0][0]*sizes[0][1]
