@@ -19,7 +19,7 @@ from ..guidance import bind, constant
 from ..rng import Rng
 from .ema import averaged, halflife
 from .loop import fit
-from .task import DiffusionTask, cosine
+from .task import DiffusionTask
 
 # %% ../../nbs/63_train.distill.ipynb #0da8e086
 def two_steps(
@@ -72,6 +72,7 @@ def draw(self:Distillation,
     i = 2*rng.of(batch['idx']).at('places').integers((len(self.grid.t)-1)//2, n)
     return {**batch, 'place': i, 't': self.grid.t[i]}
 
+# %% ../../nbs/63_train.distill.ipynb #986426dd
 @patch
 def loss(self:Distillation,
     batch:dict, # a batch, drawn or not

@@ -68,7 +68,8 @@ def trained(net:nn.Module)->dict[str,Tensor]: # name -> parameter
 
 def held(net:nn.Module)->dict[str,Tensor]: # name -> buffer
     "The buffers that a checkpoint holds."
-    kept = {f'{n}.{k}'.lstrip('.') for n,m in net.named_modules() for k in m._buffers.keys()-m._non_persistent_buffers_set}
+    kept = {f'{n}.{k}'.lstrip('.') for n,m in net.named_modules()
+            for k in m._buffers.keys()-m._non_persistent_buffers_set}
     return {k: b for k,b in net.named_buffers() if k in kept}
 
 # %% ../../nbs/53_train.ema.ipynb #75bebcb9
