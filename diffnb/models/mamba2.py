@@ -8,6 +8,7 @@ __all__ = ['recurrence', 'decay', 'by_group', 'attention', 'chunked', 'memory', 
            'mamba2_1300m']
 
 # %% ../../nbs/26_models.mamba2.ipynb #44dba1b3
+import math
 from functools import partial
 from collections.abc import Callable
 from typing import NamedTuple
@@ -45,8 +46,7 @@ def decay(
 )->Float[Tensor,'*b n n']: # 0 above the diagonal, 1 on it
     "What is left at i of what was written at j: the matrix L."
     low = torch.ones(a.shape[-1], a.shape[-1], dtype=torch.bool, device=a.device).tril()
-    sums = a[...,None].masked_fill(~low.tril(-1), 0.).cumsum(-2)
-    return sums.masked_fill(~low, -torch.inf).exp()
+    return a[...,None].masked_fill(~low.tril(-1), 0.).cumsum(-2).masked_fill_(~low, -torch.inf).exp_()
 
 def by_group(x, dt, A, B):
     "Heads as (g,h), what is written times its step, logarithms of what is kept: `(...,j,g,h,p)` and `(...,g,h,j)`."
@@ -72,11 +72,12 @@ def attention(
 
 # %% ../../nbs/26_models.mamba2.ipynb #547bf5bf
 def chunked(
-    chunk:int=64, # tokens in a chunk, at most
+    chunk:int|None=None, # tokens in a chunk, at most; None: the power of two next to sqrt(ps)/2, 16 to 128
 )->Callable: # `(x, dt, A, B, C, S) -> y`, as `recurrence`
     "SSD in chunks: linear in n, and matrix products (Dao & Gu 2024, section 6), in at least float32."
     def scan(x, dt, A, B, C, S=None):
-        n,c,wide = x.shape[1],-(-x.shape[1]//chunk),torch.promote_types(x.dtype, torch.float32)
+        most = chunk or 2**min(7, max(4, round(math.log2(x.shape[3]*B.shape[3])/2-1)))
+        n,c,wide = x.shape[1],-(-x.shape[1]//most),torch.promote_types(x.dtype, torch.float32)
         def cut(o): return (F.pad(o, (0, 0)*(o.ndim-2)+(0, -n%c)) if n%c else o).to(wide).unflatten(1, (c, -1))
         B,C = cut(B),cut(C)
         x,a = by_group(cut(x), cut(dt), A, B)
@@ -172,7 +173,8 @@ def clocks(
     heads:int, # how many
 )->tuple: # bias of the step, A_log, D
     "Fresh heads: steps from 0.001 to 0.1, A from -16 to -1."
-    dt,A = nn.init.uniform_(torch.empty(heads), -6.91, -2.3).exp(),nn.init.uniform_(torch.empty(heads), 1, 16)
+    dt = nn.init.uniform_(torch.empty(heads), math.log(1e-3), math.log(.1)).exp()
+    A = nn.init.uniform_(torch.empty(heads), 1, 16)
     return tuple(map(nn.Parameter, (dt+torch.log(-torch.expm1(-dt)), A.log(), torch.ones(heads)))) # softplus gives dt
 
 class GroupNorm(nn.Module):
@@ -235,7 +237,7 @@ class Quasi(nn.Module):
     ):
         super().__init__()
         inner,heads,n = expand*dim,expand*dim//head,2*groups*state
-        if inner%head or heads%groups: raise ValueError(f'{inner} channels, heads of {head}, {groups} groups do not divide')
+        if inner%head or heads%groups: raise ValueError(f'{groups} groups, heads of {head}: they must divide {inner}')
         self.sizes,self.parts,self.groups,self.scan = (inner, inner+2*n, 2*heads),(inner, n, n),groups,chunked()
         self.in_proj,self.out_proj = nn.Linear(dim, sum(self.sizes), bias=False),nn.Linear(inner, dim, bias=False)
         self.conv = nn.Conv1d(inner+2*n, inner+2*n, conv, padding=conv//2, groups=inner+2*n)
