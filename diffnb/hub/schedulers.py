@@ -119,7 +119,8 @@ def process_of(
     if o.get('rescale_betas_zero_snr', False):
         s = zero_snr(s)
         if end:
-            if s.abar[-2]<=end: raise ValueError('rescale_betas_zero_snr is True, and their last entry is above the one before')
+            if s.abar[-2]<=end:
+                raise ValueError('rescale_betas_zero_snr is True, and their last entry is above the one before')
             s = table(s.name, torch.cat([s.abar[:-1], s.abar.new_tensor([end])]))
     return Gaussian(s, pred, learned=learned)
 

@@ -59,7 +59,6 @@ def tail(
     start:float=1., # later times (noisier ones) are left out
 )->Callable: # a grid
     "The part of a grid that begins at `start`. ValueError if no step is left."
-    if not 0<start<=1: raise ValueError(f'a trajectory starts within (0,1], not at {start}')
     def part(process, n, tokens=None)->Grid:
         g = grid(process, n, tokens)
         on = g.t<=start+1e-9
@@ -117,6 +116,7 @@ def _check(shape, guide, w, known, keep, x, start):
     "What can be wrong with the arguments is said before the network runs."
     if guide is not None and w!=1:
         raise ValueError('w belongs to the default guide: give the weight to your guide, or leave guide out')
+    if not 0<start<=1: raise ValueError(f'start={start:g} is no time to start at: it lies within (0,1]')
     if start<1 and known is None and x is None:
         raise ValueError(f'start={start:g} needs `known`, data to start from, or `x`')
     if keep is not None and known is None or known is not None and keep is None and not start<1:
@@ -244,7 +244,7 @@ def ahead(
     est:Est,       # the estimate now
     prev:Est|None, # the one before
 )->Tensor: # x0
-    "The clean estimate half a step of ln(alpha/sigma) ahead; as it is, where there is nothing to extrapolate from or to."
+    "The clean estimate half a step of ln(alpha/sigma) ahead; as it is, where there is nothing to go by."
     if len(points)<3 or prev is None or points[-1][1]==0: return est.x0
     past, now, then = (log_ratio(*o) for o in points)
     k = (then-now)/(now-past)/2
