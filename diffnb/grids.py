@@ -102,7 +102,8 @@ def log_index(
     s = process.schedule
     if s.T is None: return process.net_t(t)
     entries = torch.arange(1, s.T+1, dtype=torch.float64)/s.T
-    return torch.from_numpy(np.interp(s.ksigma(t).log(), s.ksigma(entries).log(), process.net_t(entries)))
+    levels = ((1-s.abar)/s.abar).log()/2
+    return torch.from_numpy(np.interp(s.ksigma(t).log(), levels, process.net_t(entries)))
 
 # %% ../nbs/14_grids.ipynb #2a5b952f
 def by_level(
@@ -117,7 +118,7 @@ def by_level(
         if smin is None and s.T is None: raise ValueError(f'{s.name} has no smallest noise level: give smin')
         first = torch.tensor(1., dtype=torch.float64) if smax is None else s.t_of(smax)
         last = torch.tensor(1/s.T, dtype=torch.float64) if smin is None else s.t_of(smin)
-        hi, lo = s.ksigma(first), s.ksigma(last)
+        hi, lo = s.ksigma(torch.stack([first, last]))
         if not 0<lo<=hi<math.inf or (smax or 0)>hi*(1+1e-9):
             raise ValueError(f'{s.name} has noise levels up to {s.ksigma(1.):g}: '
                              f'give 0 < smin < smax below it, not {lo:g} and {smax or hi:g}')

@@ -183,8 +183,11 @@ def table(
     u, v = space.to(k), k.atan()
     ok = u[:-1].isfinite() & u[1:].isfinite()
     def fn(t):
-        i, lo = (t*T).round().long(), (t*T).floor().long().clamp(0, T-1)
-        f, on = t*T-lo, (t*T-i).abs()<1e-11 # an entry itself needs no interpolation
+        i = (t*T).round().long()
+        on = (t*T-i).abs()<1e-11 # an entry itself needs no interpolation
+        if on.all(): return A[i], S[i]
+        lo = (t*T).floor().long().clamp(0, T-1)
+        f = t*T-lo
         ks = torch.where(ok[lo], space.back(torch.lerp(u[lo], u[lo+1], f)), torch.lerp(v[lo], v[lo+1], f).tan())
         r = (1+ks*ks).sqrt()
         return torch.where(on, A[i], 1/r), torch.where(on, S[i], ks/r)

@@ -237,7 +237,7 @@ def step(self:Gaussian,
     "Sample `x_s ~ q(x_s|x_t, x0_hat)`: one ancestral step."
     cx, c0, var, ratio = self.posterior(t, s, x_t)
     x_s = mix(cx, x_t, c0, est.x0)
-    if not torch.as_tensor(ratio>0).any(): return x_s # all of it is clean: nothing to draw
+    if not (ratio.any() if torch.is_tensor(ratio) else ratio): return x_s # all of it is clean: nothing to draw
     sd = var**.5*(ratio if est.logvar is None else ratio**(1-est.logvar)*(ratio>0))
     return mix(1., x_s, sd, (rng or Rng()).at('step').normal(like=x_t))
 
