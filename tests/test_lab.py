@@ -23,9 +23,13 @@ def slide(nb):
     "Drag the first slider with the mouse: its value and its picture change."
     page = nb.page
     handle = page.locator('.widget-slider .noUi-handle').first
-    handle.scroll_into_view_if_needed()
     img, value = page.locator(IMG).first, page.locator('.widget-slider .widget-readout').first
     img.wait_for(timeout=60_000)
+    for _ in range(40): # pictures that appear above push it away for a while
+        handle.scroll_into_view_if_needed()
+        was = handle.bounding_box()
+        page.wait_for_timeout(500)
+        if was==handle.bounding_box() and 0<was['y']<page.viewport_size['height']-50: break
     before = img.get_attribute('src'), value.inner_text()
     box = handle.bounding_box()
     x, y = box['x']+box['width']/2, box['y']+box['height']/2

@@ -46,7 +46,7 @@ def outline(sym):
     if not isinstance(node, ast.ClassDef): return 'def', *of_function(src, node, notes)
     if init := next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name=='__init__'), None):
         return 'class', of_function(src, init, notes)[0], none
-    fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
+    fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and not f.target.id.startswith('_')] # what callers give
     def default(f): # `field(default=1, repr=False)` has the default 1
         kw = {k.arg: k.value for k in getattr(f.value, 'keywords', [])} if 'field' in ast.dump(getattr(f.value, 'func', ast.Pass())) else None
         o = f.value if kw is None else kw.get('default', kw.get('default_factory'))

@@ -71,7 +71,7 @@ def tokens_of(
     shape:tuple,       # of the batch, `(b,...)`
 )->int:
     "How many positions attention sees, for grids that depend on it: `denoiser.tokens(shape)`, or pixels or tokens."
-    if hasattr(denoiser, 'tokens'): return denoiser.tokens(shape)
+    if callable(getattr(denoiser, 'tokens', None)): return denoiser.tokens(shape)
     return math.prod(shape[2:] if len(shape)>3 else shape[1:2])
 
 # %% ../../nbs/16_samplers.ipynb #53363cd0
