@@ -31,6 +31,16 @@ def test_chunked_is_the_recurrence(q, g, state):
         assert diff(chunked(q)(*args, S), want)<1e-12, (n, q)
         assert diff(attention(*args, S), want)<1e-12, n
 
+@pytest.mark.parametrize('state', [False, True])
+@pytest.mark.parametrize('room', [1, 100, 1000])
+def test_pieces(room, state):
+    "A text that goes through in pieces, with gradients and without; D added."
+    args,S,D = problem(n=37),normal(2, 4, 3, 5, seed=99) if state else None,normal(4, seed=98)
+    want = recurrence(*args, S, D)
+    assert diff(attention(*args, S, D), want)<1e-12 and diff(want-recurrence(*args, S), args[0]*D[:,None])<1e-12
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad): assert diff(chunked(4, room)(*args, S, D), want)<1e-12
+
 def test_by_hand():
     "One channel, one number of memory: y2 = C2 (e^{dt2 A} dt1 B1 x1 + dt2 B2 x2)."
     x,dt,B,C = (torch.tensor(o, dtype=F64).view(1, 2, 1, 1) for o in ((3., 5.), (.1, .2), (7., 11.), (13., 17.)))
@@ -92,7 +102,7 @@ def test_huge_steps_are_finite_with_gradients():
 def test_gradcheck(state):
     args = [o.requires_grad_() for o in problem(1, 7, 2, 2, 1, 3)]
     if state: args.append(normal(1, 2, 2, 3, seed=8).requires_grad_())
-    assert torch.autograd.gradcheck(chunked(3), args)
+    assert torch.autograd.gradcheck(chunked(3), args) and torch.autograd.gradcheck(chunked(2, room=1), args)
     assert torch.autograd.gradcheck(lambda x, dt, A, B, C, *S: memory(x, dt, A, B, *S), args)
 
 # --- 6: dense matrices, entry by entry
@@ -233,7 +243,8 @@ def test_kernels_are_asked_for_at_once():
 def test_kernels_compute_the_same(state):
     args = [o.cuda() for o in problem(2, 300, 8, 64, 1, 64, dtype=torch.float32)]
     S = normal(2, 8, 64, 64, seed=9, dtype=torch.float32).cuda() if state else None
-    assert rel(fused()(*args, S), chunked()(*args, S))<5e-3 # their products are of TF32
+    D = normal(8, seed=7, dtype=torch.float32).cuda()
+    assert rel(fused()(*args, S, D), chunked()(*args, S, D))<5e-3 # their products are of TF32
 
 @pytest.mark.parametrize('kw, says', [(dict(head=24), 'heads of 24'), (dict(head=16, groups=3), '3 groups'), (dict(head=24, mixer='quasi'), 'heads of 24'),
     (dict(mixer='bth'), "did you mean 'both'")])
