@@ -107,7 +107,8 @@ def bd3_cosine(
         return (1-eps)*c, eps+(1-eps)*2*(math.pi/4*t).sin()**2
     return Survival('bd3_cosine', fn)
 
-survivals = {f.__name__: f for f in (loglinear, geometric, linear_noise, mdlm_cosine, mdlm_cosine_squared, md4_cosine, poly,
+survivals = {f.__name__: f for f in (
+    loglinear, geometric, linear_noise, mdlm_cosine, mdlm_cosine_squared, md4_cosine, poly,
     log_hidden, bd3_cosine)}
 
 # %% ../nbs/09_survival.ipynb #370c2938
@@ -135,7 +136,9 @@ def score_entropy(
     return score.exp().sum(-1)-r*score.gather(-1, x0[:,None])[:,0]+r*(r.log()-1)
 
 # %% ../nbs/09_survival.ipynb #ad6f2323
-def text_sums(loss):
+def text_sums(
+    loss:Loss, # as a process returns it
+)->tuple[Tensor,Tensor]: # `(b,)` each
     "Sums of the loss over each text, and how many positions count."
     m = torch.ones_like(loss.value, dtype=torch.bool) if loss.mask is None else loss.mask.expand_as(loss.value)
     return torch.where(m, loss.value, 0.).flatten(1).sum(1), m.flatten(1).sum(1)

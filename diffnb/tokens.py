@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from .core import Denoiser, Feats
+from .core import Denoiser
 
 # %% ../nbs/08_tokens.ipynb #867a3d1f
 def invert(
@@ -103,7 +103,13 @@ def rows(
     if hasattr(raw, 'parts'): yield from raw.parts(where)
     else: yield from raw[where].split(ROWS)
 
-def late_rows(net, x, net_t, cond, where):
+def late_rows(
+    net:Callable,  # a `Denoiser`
+    x:Tensor,      # tokens, `(b,n)`
+    net_t:Tensor,  # time for the network
+    cond:dict,     # its conditions
+    where:Tensor,  # `(b,n)` booleans: rows that are wanted
+)->Iterator[Tensor]: # `(m,v)` in order, `ROWS` at a time
     "The body on the samples that `where` asks about, then the head on its rows."
     if not where.any(): return
     need, b = where.any(1), len(x)

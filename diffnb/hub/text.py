@@ -59,6 +59,7 @@ def bert_model_old(
     "`BertModel` with gamma and beta."
     return bert_rows(net, '', 'gamma', 'beta')
 
+# %% ../../nbs/37_hub.text.ipynb #13884105
 @preset('layout', model='MLM')
 def bert_masked_lm_old(
     net:MLM, # made by `bert` with `transform`
@@ -186,6 +187,7 @@ def mamba2_causal_lm_config():
     "transformers' `Mamba2ForCausalLM`."
     return _mamba2_config('Mamba2ForCausalLM', False)
 
+# %% ../../nbs/37_hub.text.ipynb #5ad8f05e
 def from_mamba_ssm(
     config:Mapping, # mamba_ssm's config.json
 )->Mamba2: # to be filled by `load_single(net, path, 'mamba_ssm')`

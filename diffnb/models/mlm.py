@@ -239,16 +239,15 @@ def null(self:MLM, x, keep=None, **cond)->tuple:
     if cond.get('past') is not None: raise ValueError('guidance needs ids or clean, not what prepare made of them')
     def hide(o): return o if o is None or keep is None else o.masked_fill(keep, self.mask_id)
     if cond.get('ids') is not None: cond['ids'] = torch.full_like(cond['ids'], self.mask_id)
-    if 'clean' in cond: cond['clean'] = hide(cond['clean'])
-    return hide(x), cond
+    return hide(x), {**cond, 'clean': hide(cond['clean'])} if 'clean' in cond else cond
 
+# %% ../../nbs/25_models.mlm.ipynb #610039f2
 @patch
 def demo(self:MLM, b:int=2, seed:int=0)->tuple:
     "Random valid inputs `(x, net_t, cond)`: some tokens hidden, a prompt, pads at the end."
     g,rows = torch.Generator().manual_seed(seed),self.embed.tokens.num_embeddings
-    x = torch.randint(rows, (b, self.n), generator=g)
+    x,place = torch.randint(rows, (b, self.n), generator=g),torch.arange(self.n).expand(b, -1)
     x[torch.rand(x.shape, generator=g)<.5] = self.mask_id
-    place = torch.arange(self.n).expand(b, -1)
     cond = dict(keep=place<self.n//4, mask=place<self.n-torch.arange(b)[:,None]%3)
     if self.embed.types is not None: cond['types'] = (place>=self.n//2).long()%self.embed.types.num_embeddings
     if self.block: cond['ids'] = torch.randint(rows, (b, 2*self.block), generator=g)
@@ -279,6 +278,7 @@ def mlm(
     out,clock = None if tied else nn.Linear(dim, vocab, bias=False),TimeEmbed(time, scale=1000.) if time else None
     return MLM(embed, blocks, AdaNorm(dim, time), out, mask_id, clock, block, (dim//heads, theta), n)
 
+# %% ../../nbs/25_models.mlm.ipynb #4ebd808c
 @preset('denoiser')
 def bert(
     vocab:int=30_522,       # tokens

@@ -117,9 +117,10 @@ def each(self:Masked,
     "Log-probabilities of the clean tokens at `where`. ValueError if the network's output does not fit."
     raw = call(x_t, (self.net_t(t) if net_t is None else net_t).to(x_t.device))
     if torch.is_tensor(raw) and raw.shape[:-1]!=x_t.shape:
-        raise ValueError(f'the network gave {tuple(raw.shape)} for tokens {tuple(x_t.shape)}: one row a token is needed')
+        raise ValueError(f'the network gave {tuple(raw.shape)} for tokens {tuple(x_t.shape)}: it must be a row a token')
     return map(self.log_probs, rows(raw, where))
 
+# %% ../../nbs/12_process.masked.ipynb #cfc893af
 @patch
 def estimate(self:Masked,
     call:Callable,            # `call(x, net_t) -> raw`: the network with its conditions bound
@@ -224,6 +225,7 @@ def nll(self:Masked,
     got = torch.cat([torch.zeros(0, device=x0.device), *(-o.gather(-1, y[:,None])[:,0] for o,y in parts)])
     return got.new_zeros(x0.shape).masked_scatter(hidden, got)
 
+# %% ../../nbs/12_process.masked.ipynb #21cb73eb
 @patch
 def loss(self:Masked,
     call:Callable,                     # `call(x, net_t) -> raw`
@@ -311,6 +313,7 @@ def by_count(
     place = torch.where(free, rng.uniform(*free.shape, device=free.device), 2.).argsort(1).argsort(1)
     return (place<k[:,None]) & free, n/k, process.schedule.t_of((k/(n-k).clamp(min=0)).cpu())
 
+# %% ../../nbs/12_process.masked.ipynb #59614b36
 @patch
 def nelbo(self:Masked,
     call:Callable,                     # `call(x, net_t) -> raw`
