@@ -50,6 +50,13 @@ def test_sit_is_the_same_network(size):
     assert {k: v.shape for k,v in a.state_dict().items()}=={k: v.shape for k,v in b.state_dict().items()}
     assert b.sit and not a.sit and [o.attn.heads for o in a.blocks]==[o.attn.heads for o in b.blocks]
 
+@pytest.mark.parametrize('kind,depth,dim,heads', [('s', 12, 384, 6), ('b', 12, 768, 12), ('l', 24, 1024, 16), ('xl', 28, 1152, 16)])
+def test_table(kind, depth, dim, heads):
+    "Heads change neither parameters nor work, so no count tells them."
+    for p in (2, 4, 8):
+        with torch.device('meta'): net = create(f'dit_{kind}_{p}')
+        assert (len(net.blocks), net.stem.out_channels, {b.attn.heads for b in net.blocks}, net.patch, net.size)==(depth, dim, {heads}, p, 32)
+
 def test_presets_can_be_changed():
     net = create('dit_s_8', size=16, ch=3, classes=0, sigma=False, scale=1000.)
     assert (net.size, net.ch, net.label, net.out.out_features, net.time.scale)==(16, 3, None, 8*8*3, 1000.)

@@ -5,13 +5,13 @@ import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from diffnb.core import Denoiser, Feats, create, preset, presets
+from diffnb.core import Denoiser, Feats, preset, presets
 from diffnb.hub import (Files, cut, find_layout, load_folder, load_single, open_folder, open_index, open_pickle, placed, save_folder,
                         save_single, sets_in)
 from diffnb.hub import layouts
 from diffnb.hub.layouts import (Config, Hollow, Op, Row, as_conv, as_linear, as_patches, cat, cat_of, compare, copies, dump_state, each,
                                 ignore, layouts_of, load_state, made, only, plan, rows_of, same, split, swap)
-from diffnb.store import Damaged, check_plain, load_json, save_json
+from diffnb.store import Damaged, check_plain, load_json, save_json, save_tensors, write_folder
 
 class HubToy(Denoiser):
     "A little of everything: fused, convolved, tied, a table, a counter."
@@ -202,6 +202,14 @@ def test_no_shared_memory(net, layout):
     for t in other.state_dict().values(): t += 1
     assert alike(kept, state) and all(torch.equal(t, mine[k]+1) for k,t in other.state_dict().items())
     assert len({t.untyped_storage().data_ptr() for t in state.values()})==len(state)
+
+def test_one_for_two(net):
+    "Two parameters that come from one tensor, and are not tied, part ways."
+    twice = Op(lambda ts,n: [ts[0]+0]*n, lambda ts,n: [ts[0]])
+    with Hollow(): other = hub_toy()
+    rows = [Row(('emb.weight', 'out.weight'), 'both', twice), Row('', '')]
+    load_state(other, dump_state(net, rows), rows)
+    assert torch.equal(other.out.weight, other.emb.weight) and other.out.weight.data_ptr()!=other.emb.weight.data_ptr()
 
 def test_tied(net):
     "A tied pair may come under either name or both; two that differ are refused; dumped once."
@@ -419,6 +427,13 @@ def test_run(net, tmp_path):
     (tmp_path/'run'/'step-00000009'/'model.safetensors').write_bytes(b'')
     fails(lambda: load_folder(tmp_path/'run'), 'run has no whole checkpoint: step-00000010', error=Damaged)
 
+def test_strange_average(net, tmp_path):
+    save_folder(net, tmp_path/'a')
+    with write_folder(tmp_path/'b') as d:
+        shutil.copytree(tmp_path/'a', d, dirs_exist_ok=True, ignore=lambda *_: ['manifest.json'])
+        save_tensors(d/'ema-ema.safetensors', {**dump_state(net), 'more.weight': torch.zeros(1)})
+    fails(lambda: load_folder(tmp_path/'b'), 'ema-ema.safetensors: more.weight is unexpected')
+
 def test_replaces_networks_only(net, tmp_path):
     (tmp_path/'pipe').mkdir()
     save_json(tmp_path/'pipe'/'model_index.json', {})
@@ -438,6 +453,20 @@ def test_failed_save(net, tmp_path, monkeypatch):
     monkeypatch.setattr('diffnb.hub.save_file', broken)
     with pytest.raises(OSError, match='no more'): save_folder(randomise(net, 3), tmp_path/'a', 'somebody', size=200)
     assert before=={f.name: f.read_bytes() for f in (tmp_path/'a').iterdir()} and [f.name for f in tmp_path.iterdir()]==['a']
+def test_failed_single(net, tmp_path, monkeypatch):
+    "Likewise a single file."
+    save_single(net, tmp_path/'a.safetensors')
+    before = (tmp_path/'a.safetensors').read_bytes()
+    def broken(tensors, path, **kw): Path(path).write_bytes(b'half'); raise OSError('no more')
+    monkeypatch.setattr('diffnb.hub.save_file', broken)
+    with pytest.raises(OSError, match='no more'): save_single(randomise(net, 3), tmp_path/'a.safetensors')
+    assert before==(tmp_path/'a.safetensors').read_bytes() and [f.name for f in tmp_path.iterdir()]==['a.safetensors']
+def test_no_room(net, tmp_path, monkeypatch):
+    "Room is asked for before anything is written."
+    size = sum(p.nbytes for p in net.parameters())
+    monkeypatch.setattr('diffnb.store.shutil.disk_usage', lambda path: type('U', (), dict(free=size)))
+    with pytest.raises(OSError, match='are needed'): save_folder(net, tmp_path/'a', 'somebody')
+    assert not list(tmp_path.iterdir())
 def test_no_config_known(net, tmp_path):
     fails(lambda: save_folder(net, tmp_path/'a', [Row('', '')]), 'no config.json is known for HubToy as rows: use save_single')
 
@@ -445,6 +474,9 @@ def test_no_config_known(net, tmp_path):
 def test_single(net, tmp_path):
     save_single(net, tmp_path/'a.safetensors', 'somebody', 'model.diffusion_model')
     assert all(k.startswith('model.diffusion_model.') for k in load_file(tmp_path/'a.safetensors'))
+    with Hollow(): other = hub_toy()
+    load_single(other, tmp_path/'a.safetensors', dtype=torch.float64)
+    assert other.out.weight.dtype==torch.float64
     with Hollow(): other = hub_toy()
     r = load_single(other, tmp_path/'a.safetensors')
     assert alike(bits(net), bits(other)) and r.layout=='hub_toy_somebody under model.diffusion_model'
@@ -532,31 +564,34 @@ def test_diffusers_opens(net, folder, tmp_path):
 
 # --- every layout ---
 def own(f): return inspect.unwrap(f).__module__.startswith('diffnb.')
-def part_of(net, cls): return next(m for m in net.modules() if type(m).__name__==cls)
 def refused(f):
     "Does it say, by a ValueError, that this network has no such form?"
     try: f()
     except ValueError: return True
     except Exception: pass # the test shall see it
     return False
+VARIANTS = {'mamba2_tiny': [{}, dict(mixer='causal', time=0)], 'bert_tiny': [{}, dict(transform=False)]} # what others have of them
 def tiny():
     "The tiny networks and codecs of the package and those of their parts that somebody keeps apart, with each layout and config that takes them."
     for kind in ('denoiser', 'codec'):
         for n,f in presets(kind).items():
             if not (own(f) and n.endswith('_tiny')): continue
-            with Hollow(): net = f()
-            for m in {type(m): m for m in reversed(list(net.modules()))}.values():
-                for l,g in layouts_of(m).items():
-                    if not (own(g) if g else m is net) or refused(lambda: plan(m, rows_of(m, l)[1])): continue
-                    configs = [c for c,h in presets('config').items() if own(h) and (h.facts['model'], h.facts['layout'])==(type(m).__name__, l)]
-                    yield kind, n, type(m).__name__, l, [c for c in configs if not refused(lambda: presets('config')[c]().theirs(m))]
+            for kw in VARIANTS.get(n, [{}]):
+                with Hollow(): net = f(**kw)
+                for m in {type(m): m for m in reversed(list(net.modules()))}.values():
+                    cls = type(m).__name__
+                    def make(f=f, kw=kw, cls=cls): return next(m for m in f(**kw).modules() if type(m).__name__==cls)
+                    for l,g in layouts_of(m).items():
+                        if not (own(g) if g else m is net) or refused(lambda: plan(m, rows_of(m, l)[1])): continue
+                        configs = [c for c,h in presets('config').items() if own(h) and (h.facts['model'], h.facts['layout'])==(cls, l)]
+                        yield '-'.join([n, *kw, cls]), make, l, [c for c in configs if not refused(lambda: presets('config')[c]().theirs(m))]
 TINY = list(tiny())
-CASES_TINY, CONFIGS = [o[:4] for o in TINY], [(*o[:3], c) for o in TINY for c in o[4]]
-@pytest.mark.parametrize('kind, name, cls, layout', CASES_TINY)
-def test_layout(kind, name, cls, layout):
+LAYOUTS = [pytest.param(make, l, id=f'{n}-{l}') for n,make,l,_ in TINY]
+CONFIGS = [pytest.param(make, c, id=f'{n}-{c}') for n,make,_,cs in TINY for c in cs]
+@pytest.mark.parametrize('make, layout', LAYOUTS)
+def test_layout(make, layout):
     "Every tensor of ours once, none of theirs twice; ours to theirs to ours is exact, also for a network without memory."
-    def fresh(): return part_of(create(name, kind=kind), cls)
-    net = randomise(fresh())
+    net = randomise(make())
     moves = plan(net, rows_of(net, layout)[1])
     mine = [k for m in moves for k in m.ours]
     assert len(mine)==len(set(mine)) and set(mine)=={v[0] for v in layouts.own_names(net).values()}
@@ -564,26 +599,40 @@ def test_layout(kind, name, cls, layout):
     r = compare(net, theirs, layout)
     assert not r.faults() and all(any(k==row.theirs[0] for row in rows_of(net, layout)[1]) for k in r.ignored)
     assert len({t.untyped_storage().data_ptr() for t in theirs.values() if t.numel()})==sum(t.numel()>0 for t in theirs.values())
-    with Hollow(): hollow = fresh()
-    for other in (randomise(fresh(), 1), hollow):
+    with Hollow(): hollow = make()
+    for other in (randomise(make(), 1), hollow):
         load_state(other, theirs, layout)
         assert alike(bits(net), bits(other))
     assert find_layout(net, theirs)==layout or alike(dump_state(net, find_layout(net, theirs)), theirs) # found by its names
 
-@pytest.mark.parametrize('what, tested', [('layout', {o[3] for o in CASES_TINY}), ('config', {o[3] for o in CONFIGS})])
+@pytest.mark.parametrize('what, tested', [('layout', {o[2] for o in TINY}), ('config', {c for o in TINY for c in o[3]})])
 def test_all_are_tested(what, tested):
     "There is a tiny network, or part of one, for each layout and each config."
     assert not [n for n,f in presets(what).items() if own(f) and n not in tested]
 
-@pytest.mark.parametrize('kind, name, cls, config', CONFIGS)
-def test_config(kind, name, cls, config, tmp_path):
+@pytest.mark.parametrize('make, config', CONFIGS)
+def test_config(make, config, tmp_path):
     "A folder in somebody's form says enough to make the network again."
     f = presets('config')[config]
-    net = randomise(part_of(create(name, kind=kind), cls))
+    net = randomise(make())
     check_plain(f().theirs(net))
     save_folder(net, tmp_path/'a', f.facts['layout'])
     other = load_folder(tmp_path/'a')
     assert type(other) is type(net) and alike(bits(net), bits(other)) and hasattr(other, 'preset')
+@pytest.mark.parametrize('make, config', CONFIGS)
+def test_reference_opens(make, config, tmp_path):
+    "The library whose class it is opens our folder, finds each tensor and no other; what it writes, in shards, comes back to the bit."
+    import diffusers, transformers
+    f = presets('config')[config]
+    their = getattr(diffusers, f.facts['cls'], None) or getattr(transformers, f.facts['cls'])
+    net = randomise(make())
+    save_folder(net, tmp_path/'a', f.facts['layout'], size=10**5)
+    other, info = their.from_pretrained(tmp_path/'a', output_loading_info=True)
+    missing = [k for k in info.get('missing_keys', []) if not k.startswith('pooler.')] # BERT's, which ours has no use for
+    assert not missing and not any(info.get(k) for k in ('unexpected_keys', 'mismatched_keys', 'error_msgs')), info
+    other.save_pretrained(tmp_path/'back', max_shard_size=10**5)
+    assert alike(bits(net), bits(load_folder(tmp_path/'back')))
+
 def test_config_facts():
     for n,f in presets('config').items():
         if own(f): assert f.facts['layout'] in presets('layout') and presets('layout')[f.facts['layout']].facts['model']==f.facts['model']

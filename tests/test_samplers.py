@@ -3,7 +3,7 @@
 Tolerances: deterministic samplers run in float64, so ratios of errors are exact but for higher orders (15 % for order 1, 25 % for 2);
 where noise is drawn, the bound is at least four standard deviations of the Monte Carlo estimate.
 """
-import math
+import functools, math
 import pytest, torch
 import diffnb
 from diffnb.core import presets
@@ -54,24 +54,24 @@ def test_order_table(p, name):
     r = gauss_error(PROCESSES[p], f(), 20, g:=karras(smax=14.))/gauss_error(PROCESSES[p], f(), 40, g)
     assert r>(1.7 if f.facts['order']==1 else 3), f'error falls {r:.2f}-fold per doubling'
 
+@functools.cache
+def reference(): return list(sample(PROCESSES['flow'].oracle(MIX.posterior_mean), PROCESSES['flow'], (32, 2), 480, heun(), SMOOTH, x=Rng(1).normal(32, 2, dtype=F64)))[-1]
+
 @pytest.mark.parametrize('name', SOLVERS)
 def test_order_mixture(name):
     "No closed form for the end point, but a reference solution of 480 Heun steps is as good."
     p, f = PROCESSES['flow'], SAMPLERS[name]
-    net, x = p.oracle(MIX.posterior_mean), p.prior((64, 2), Rng(1), dtype=F64)
-    def run(n, step): return last(net, p, (64, 2), steps=n, step=step, grid=SMOOTH, x=x)
-    ref = run(480, heun())
-    e = [(run(n, f())-ref).norm(dim=-1).median().item() for n in (40, 80, 160)]
-    want = 2**f.facts['order']
-    assert e[0]/e[2]>(.8*want)**2, e
+    def run(n): return last(p.oracle(MIX.posterior_mean), p, (32, 2), steps=n, step=f(), grid=SMOOTH, x=Rng(1).normal(32, 2, dtype=F64))
+    e = [(run(n)-reference()).norm(dim=-1).median().item() for n in (30, 90)]
+    assert e[0]/e[1]>(.8*2**f.facts['order'])**math.log2(3), e
 
 @pytest.mark.parametrize('name', HONEST)
-@pytest.mark.parametrize('p', ['flow', 'cosine-v', 'linear-eps', 'sd-v', 'edm'])
+@pytest.mark.parametrize('p', ['flow', 'sd-v', 'edm'])
 def test_mean_and_spread(p, name):
-    "100 steps from the true marginal at t = 1 reach the mixture's mean, covariance and weights."
-    p, n = PROCESSES[p], 1500
+    "100 steps (one, to a tolerance) from the true marginal at t = 1 reach the mixture's mean, covariance and weights."
+    p, n, f = PROCESSES[p], 1500, SAMPLERS[name]
     x = p.corrupt(MIX.sample(n, seed=2), torch.ones(1), rng=Rng(3))[0]
-    x = last(p.oracle(MIX.posterior_mean), p, (n, 2), steps=100, step=SAMPLERS[name](), grid=grid_of(p), rng=Rng(2), x=x)
+    x = last(p.oracle(MIX.posterior_mean), p, (n, 2), steps=100 if f.facts['order'] else 1, step=f(), grid=grid_of(p), rng=Rng(2), x=x)
     d = MIX.sample(200_000, seed=1)
     assert torch.allclose(x.mean(0), d.mean(0), atol=4*1.4/n**.5)         # sd of the data is below 1.4
     assert torch.allclose(x.T.cov(), d.T.cov(), atol=.2)
@@ -104,7 +104,7 @@ def test_few_steps(p, name, n):
     p = PROCESSES[p]
     xs = list(sample(p.oracle(DATA.posterior_mean), p, (3, 1), steps=n, step=SAMPLERS[name](), grid=grid_of(p), dtype=F64))
     assert len(xs)==n and all(x.isfinite().all() for x in xs)
-    if n==1 and p.pred.name!='edm': assert torch.allclose(xs[-1], p.estimate(p.oracle(DATA.posterior_mean), p.prior((3, 1), dtype=F64), torch.ones(1)).x0)
+    if n==1 and p.pred.name!='edm' and SAMPLERS[name].facts['order']: assert torch.allclose(xs[-1], p.estimate(p.oracle(DATA.posterior_mean), p.prior((3, 1), dtype=F64), torch.ones(1)).x0)
 
 @pytest.mark.parametrize('name', SAMPLERS)
 def test_own_noise(name):

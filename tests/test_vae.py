@@ -1,11 +1,10 @@
 "The VAE against its equations: blocks, summed kernels, tiles, moments, precision, memory."
-import math, weakref
+import math
 import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from diffnb.bench.flux import decoding
 from diffnb.codec.core import Pixels
 from diffnb.codec.vae import VAE, Down, Look, ResBlock, Up, blends, kl, smear, spans, tiled, vae_tiny
 from diffnb.core import create
@@ -252,43 +251,8 @@ def test_published_counts():
         got = {k: sum(p.numel() for p in create(k, kind='codec').parameters()) for k in ('sd_vae', 'sdxl_vae', 'flux_vae')}
     assert got==dict(sd_vae=83_653_863, sdxl_vae=83_653_863, flux_vae=83_819_683)
 
-class Alive(TorchDispatchMode):
-    "The most bytes of tensors that were alive at once; works without numbers, on the meta device."
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.seen = 0, 0, set()
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if not isinstance(t, torch.Tensor): continue
-            s, n = t.untyped_storage(), t.untyped_storage().nbytes()
-            if s._cdata in self.seen: continue
-            self.seen.add(s._cdata)
-            self.now += n
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(s, self.gone, s._cdata, n)
-        return out
-    def gone(self, key, n): self.seen.discard(key); self.now -= n
-
-def peak(name, side, tile):
-    with torch.device('meta'), torch.no_grad():
-        v = create(name, kind='codec')
-        v.tile = tile
-        z = torch.empty(1, v.z, side, side)
-        with Alive() as m: v.images(z)
-    return m.peak
-
-def test_the_meter_works():
-    with torch.device('meta'), Alive() as m:
-        a = torch.empty(1000)
-        b = a+1
-        del a
-        c = b.view(10, 100).mul_(2)
-        d = c+1
-    assert m.peak==8000 and m.now==8000 and d.shape==(10, 100)
-
 def test_tiles_take_a_third_of_the_memory():
     "Tensors alive at once while 1024x1024 is decoded; a buffer of the decoder's size is not kept beside it."
-    whole, tiles = peak('sd_vae', 128, 0), peak('sd_vae', 128, 64)
+    whole, tiles = decoding('sd_vae', 128, 0).peak, decoding('sd_vae', 128, 64).peak
     assert tiles<whole/3
-    assert whole<2.6*256*1024**2*4 # two and a half maps of 256 channels at full size, where naive code has four
+    assert whole<2.6*256*1024**2*4 # two and a half maps of 256 channels at full size; diffusers has three

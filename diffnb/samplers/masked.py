@@ -18,7 +18,10 @@ from ..rng import Rng
 from ..tokens import ROWS, draw
 
 # %% ../../nbs/17_samplers.masked.ipynb #c0d0dc32
-def active(x, state):
+def active(
+    x:Tensor,   # tokens, `(b,n)`
+    state:dict, # what the trajectory remembers
+)->Tensor: # booleans that broadcast against x
     "Positions being written: all, or those of one block."
     return state.get('active', torch.ones_like(x[:1], dtype=torch.bool))
 
@@ -193,7 +196,7 @@ def blocks(
     start:int=0,              # where the first block begins
 ):
     "Write blocks from left to right (Nie et al. 2025). With fewer steps than blocks, some are written together."
-    if size<1 or start<0: raise ValueError(f'blocks have at least one token and start at 0 or later, not {size}, {start}')
+    if size<1 or start<0: raise ValueError(f'blocks have a token or more and start at 0 or later, not {size}, {start}')
     inner = confident() if inner is None else inner
     def step(process, call, x, grid, i, state, rng):
         N, block = len(grid.t)-1, ((torch.arange(x.shape[1], device=x.device)-start)//size).clamp(min=0)
@@ -254,7 +257,8 @@ def remask(
         most = ((1-as_)/at).clamp(max=1) if as_<1 and during[0]<t<=during[1] else torch.zeros_like(at)
         here, hidden = active(x, state), x==process.mask_id
         sure = state.setdefault('sure', torch.full(x.shape, torch.inf, dtype=torch.float64, device=x.device))
-        sig, u, v = sigma(most, sure, here & ~hidden), *(rng.at(o).uniform(*x.shape, device=x.device) for o in ('due', 'again'))
+        u, v = (rng.at(o).uniform(*x.shape, device=x.device) for o in ('due', 'again'))
+        sig = sigma(most, sure, here & ~hidden)
         now, back = here & hidden & (u<(as_-(1-sig)*at)/(1-at)), here & ~hidden & (v<sig)
         if now.any():
             same = process.schedule.t_of((1-at)/at)[None] # the time at which as many are hidden
