@@ -73,7 +73,7 @@ def attention(
 # %% ../../nbs/26_models.mamba2.ipynb #547bf5bf
 def _piece(x, dt, B, C, A, S, D, q, more):
     "SSD of a piece of text in chunks of at most q, and the memory after it if `more` follows: memories (b,g,s,h,p)."
-    n,c,past = x.shape[1],-(-x.shape[1]//q),0 if D is None else x*D[:,None]
+    n,c,given = x.shape[1],-(-x.shape[1]//q),x
     def cut(o): return (F.pad(o, (0, 0)*(o.ndim-2)+(0, -n%c)) if n%c else o).unflatten(1, (c, -1))
     B,C = cut(B),cut(C)
     x,a = _by_group(cut(x), cut(dt), A, B)
@@ -85,7 +85,8 @@ def _piece(x, dt, B, C, A, S, D, q, more):
     for w,kept in zip(W.unbind(1), since[:,:m,-1,:,None].unbind(1)):
         before.append(torch.addcmul(w, kept, before[-1]) if before else w)
     if k<c: y[:,k:] += torch.einsum('bcigs,bcgshp->bcighp', C[:,k:], torch.stack(before[:c-k], 1))*since[:,k:]
-    return y.flatten(3, 4).flatten(1, 2)[:,:n]+past, before[-1] if before else None
+    y = y.flatten(3, 4).flatten(1, 2)[:,:n]
+    return y if D is None else torch.addcmul(y, given, D[:,None]), before[-1] if before else None
 
 def chunked(
     chunk:int|None=None, # tokens in a chunk, at most; None: the power of two next to sqrt(ps)/2, 16 to 128
@@ -93,7 +94,8 @@ def chunked(
 )->Callable: # `(x, dt, A, B, C, S, D) -> y`, as `recurrence`
     "SSD in chunks: linear in n, and matrix products (Dao & Gu 2024, section 6), in at least float32."
     def scan(x, dt, A, B, C, S=None, D=None):
-        (b,n,h,p),q = x.shape,chunk or 2**min(7, max(4, round(math.log2(x.shape[3]*B.shape[3])/2-1)))
+        b,n,h,p = x.shape
+        q = chunk or 2**min(7, max(4, round(math.log2(p*B.shape[3])/2-1)))
         pieces = -(-n//(q*max(1, (room or 2**(19 if x.device.type=='cpu' else 25))//(b*q*h*p))))
         size,wide = -(-n//pieces),torch.promote_types(x.dtype, torch.float32)
         if S is not None: S = rearrange(S.to(wide), 'b (g h) p s -> b g s h p', g=B.shape[2])
@@ -106,7 +108,6 @@ def chunked(
         return torch.cat(out, 1) if whole is None else whole
     return scan
 
-# %% ../../nbs/26_models.mamba2.ipynb #41b8170d
 def memory(
     x:Float[Tensor,'b n h p'],            # what is written
     dt:Float[Tensor,'b n h'],             # steps, at least 0
@@ -140,7 +141,7 @@ def use(
     for m in cores: m.scan = scan
     return net
 
-# %% ../../nbs/26_models.mamba2.ipynb #c39f82aa
+# %% ../../nbs/26_models.mamba2.ipynb #16cf212a
 class Core(nn.Module):
     "What has a direction: convolution and SSD."
     def __init__(self,
@@ -165,13 +166,12 @@ class Core(nn.Module):
         if mask is not None: xbc,dt = xbc*mask[...,None],dt*mask[...,None]
         k = self.conv.kernel_size[0]-1
         seen = F.pad(xbc, (0, 0, k, 0)) if past is None else torch.cat([past[0], xbc], 1)
-        x,B,C = F.silu(self.conv(seen.mT)).mT.split(self.sizes, -1)
-        B,C = (o.unflatten(-1, (self.groups, -1)) for o in (B, C))
+        x,*bc = F.silu(self.conv(seen.mT)).mT.split(self.sizes, -1)
+        B,C = (o.unflatten(-1, (self.groups, -1)) for o in bc)
         S,A = past and past[1],-self.A_log.to(dt.dtype).exp()
         return seen[:,seen.shape[1]-k:], x.unflatten(-1, (self.heads, -1)), dt, A, B, C, S
     def forward(self, xbc:Float[Tensor,'b n c'], dt:Float[Tensor,'b n h'], mask=None, past=None)->Float[Tensor,'b n d']:
-        _,x,*rest = self.inputs(xbc, dt, mask, past)
-        return self.scan(x, *rest, self.D).to(x.dtype).flatten(2)
+        return self.scan(*self.inputs(xbc, dt, mask, past)[1:], self.D).to(xbc.dtype).flatten(2)
     def after(self, xbc, dt, past=None)->tuple:
         "The past of what follows a text without pads: last inputs of the convolution `(b,k-1,c)`, memory `(b,h,p,s)`."
         seen,x,dt,A,B,_,S = self.inputs(xbc, dt, None, past)
@@ -196,7 +196,7 @@ class GroupNorm(nn.Module):
         x = x.unflatten(-1, (self.groups, -1))
         return F.rms_norm(x, x.shape[-1:], eps=self.eps).flatten(-2)*self.weight
 
-# %% ../../nbs/26_models.mamba2.ipynb #eba0de79
+# %% ../../nbs/26_models.mamba2.ipynb #c39f82aa
 class Mixer(nn.Module):
     "The Mamba-2 block, in one direction or as the sum of both."
     def __init__(self,
