@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from scipy.special import betaincinv
 from .core import create, preset
 from .rng import whole
 from .weights import shift_time
@@ -166,6 +165,7 @@ def beta(
 ):
     "Noise levels at even quantiles of Beta(a, b) (Lee et al. 2024). ValueError if the schedule has no such levels."
     if not (a>0 and b>0): raise ValueError(f'a and b must be above 0, not {a} and {b}')
+    from scipy.special import betaincinv # takes a moment to import
     return by_level(lambda hi, lo, u: lo+(hi-lo)*torch.from_numpy(betaincinv(a, b, 1-u.numpy())), smin, smax)
 
 # %% ../nbs/14_grids.ipynb #4fe0bb0c

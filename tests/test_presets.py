@@ -276,7 +276,8 @@ def needs(name): return {p.name for p in inspect.signature(presets('dataset')[na
 def test_dataset(name):
     "The same data every time it is asked for."
     f = presets('dataset')[name]
-    made = [f(8) if needs(name) else f() for _ in range(2)]
+    try: made = [f(8) if needs(name) else f() for _ in range(2)]
+    except FileNotFoundError as e: pytest.skip(str(e)) # all of Fashion-MNIST: a package of its own
     pairs = list(zip(*map(lambda o: tensors(tuple(o) if isinstance(o, tuple) else vars(o)), made), strict=True))
     assert pairs and all(torch.equal(a, b) for a,b in pairs)
 

@@ -113,5 +113,5 @@ def test_outline():
     row = table(params, returns).splitlines()[2]
     assert row.startswith('| `T` | `int` or `None` | `None` | ') and row.count('|')==5
     kind, params, returns = outline(Schedule)
-    assert kind=='class' and [p.name for p in params]==['name', 'fn', 'abar', 'space'] and all(p.comment for p in params)
+    assert kind=='class' and [p.name for p in params]==['name', 'fn', 'abar', 'space', 'inverse'] and all(p.comment for p in params)
     assert [p.default for p in params][:3]==['', '', 'None']

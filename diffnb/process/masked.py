@@ -117,7 +117,7 @@ def each(self:Masked,
     "Log-probabilities of the clean tokens at `where`. ValueError if the network's output does not fit."
     raw = call(x_t, (self.net_t(t) if net_t is None else net_t).to(x_t.device))
     if torch.is_tensor(raw) and raw.shape[:-1]!=x_t.shape:
-        raise ValueError(f'the network gave {tuple(raw.shape)} for tokens {tuple(x_t.shape)}: it must be a row a token')
+        raise ValueError(f'the network gave {tuple(raw.shape)} for tokens {tuple(x_t.shape)}: one row a token!')
     return map(self.log_probs, rows(raw, where))
 
 # %% ../../nbs/12_process.masked.ipynb #cfc893af

@@ -98,11 +98,11 @@ def loss(self:Distillation,
 # %% ../../nbs/63_train.distill.ipynb #70c69b42
 @preset('grid')
 def listed(
-    times:list[float], # falling from at most 1; the last is above 0
+    times:list[float]|None=None, # falling from at most 1, the last above 0; None: even steps
 ):
     "Exactly these times, whatever the process. ValueError unless there are as many as steps."
-    t = torch.tensor(times, dtype=torch.float64)
     def rule(process, n, tokens):
+        t = torch.arange(n, 0, -1, dtype=torch.float64)/n if times is None else torch.tensor(times, dtype=torch.float64)
         if n!=len(t): raise ValueError(f'{len(t)} times are listed, and {n} steps asked for')
         return t
     return gridded(rule)
