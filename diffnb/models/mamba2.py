@@ -94,8 +94,7 @@ def chunked(
 )->Callable: # `(x, dt, A, B, C, S, D) -> y`, as `recurrence`
     "SSD in chunks: linear in n, and matrix products (Dao & Gu 2024, section 6), in at least float32."
     def scan(x, dt, A, B, C, S=None, D=None):
-        b,n,h,p = x.shape
-        q = chunk or 2**min(7, max(4, round(math.log2(p*B.shape[3])/2-1)))
+        (b,n,h,p),q = x.shape,chunk or 2**min(7, max(4, round(math.log2(x.shape[3]*B.shape[3])/2-1)))
         pieces = -(-n//(q*max(1, (room or 2**(19 if x.device.type=='cpu' else 25))//(b*q*h*p))))
         size,wide = -(-n//pieces),torch.promote_types(x.dtype, torch.float32)
         if S is not None: S = rearrange(S.to(wide), 'b (g h) p s -> b g s h p', g=B.shape[2])
@@ -108,6 +107,7 @@ def chunked(
         return torch.cat(out, 1) if whole is None else whole
     return scan
 
+# %% ../../nbs/26_models.mamba2.ipynb #0c42e32c
 def memory(
     x:Float[Tensor,'b n h p'],            # what is written
     dt:Float[Tensor,'b n h'],             # steps, at least 0
