@@ -107,7 +107,7 @@ def chunked(
         return torch.cat(out, 1) if whole is None else whole
     return scan
 
-# %% ../../nbs/26_models.mamba2.ipynb #0c42e32c
+# %% ../../nbs/26_models.mamba2.ipynb #b9ec21b8
 def memory(
     x:Float[Tensor,'b n h p'],            # what is written
     dt:Float[Tensor,'b n h'],             # steps, at least 0
