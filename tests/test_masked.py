@@ -191,10 +191,10 @@ def any_survival(draw):
     "Published forms with other numbers, mixtures of two, and a power of time."
     def some():
         f = draw(st.sampled_from([poly, loglinear, geometric, linear_noise, mdlm_cosine]))
-        lo,hi = {poly: (.5, 5), loglinear: (0, 1e-3), geometric: (1e-6, 9e-4), linear_noise: (7, 20), mdlm_cosine: (0, 1e-3)}[f]
+        lo,hi = {poly: (1, 5), loglinear: (0, 1e-3), geometric: (1e-6, 9e-4), linear_noise: (7, 20), mdlm_cosine: (0, 1e-3)}[f]
         v = draw(st.floats(lo, hi))
         return f(smax=v) if f is linear_noise else f(v)
-    a, b, w, k = some(), some(), draw(st.floats(0, 1)), draw(st.floats(.6, 2))
+    a, b, w, k = some(), some(), draw(st.floats(0, 1)), draw(st.floats(1, 2))
     return Survival('any', lambda t: tuple(w*p+(1-w)*q for p,q in zip(a.fn(t**k), b.fn(t**k))))
 
 @settings(max_examples=25, deadline=None, derandomize=True)
