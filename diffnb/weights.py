@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weigh', 'by_snr', 'uniform', 'snr', 'min_snr', 'soft_min_snr', 'above_zero', 'p2', 'edm_weight', 'sigma_sqrt',
            'cosmap', 'Uncertainty', 'learned', 'inside', 'uniform_times', 'logit_normal', 'mode', 'log_normal',
-           'stratified', 'remapped', 'biased', 'earlier', 'later', 'shift_time', 'shifted_times']
+           'strata', 'stratified', 'jittered', 'remapped', 'biased', 'earlier', 'later', 'shift_time', 'shifted_times']
 
 # %% ../nbs/13_weights.ipynb #b27a54f4
 import math
@@ -168,15 +168,24 @@ def log_normal(
     return lambda rng, n: inside(s.t_of((mean+std*rng.normal(n, dtype=torch.float64)).exp()))
 
 # %% ../nbs/13_weights.ipynb #888cebd6
+def strata(rng, n):
+    "The stratum of each sample, from 0 to n-1, in random order."
+    rank = torch.arange(n) if rng.idx is None else torch.tensor(rng.idx).argsort(stable=True).argsort()
+    if len(rank)!=n: raise ValueError(f'the rng is bound to {len(rank)} samples, not to {n}')
+    return rng.at('order').permutation(n)[rank]
+
 @preset('times')
 def stratified():
     "Evenly spread, with one random offset a step (Kingma et al. 2021). Draw for the whole batch, then split it."
     def times(rng, n):
-        rank = torch.arange(n) if rng.idx is None else torch.tensor(rng.idx).argsort(stable=True).argsort()
-        if len(rank)!=n: raise ValueError(f'the rng is bound to {len(rank)} samples, not to {n}')
         u = rng.at('offset').of([0]).uniform(1) # shared: sample 0 of a stream of its own
-        return inside((rng.at('order').permutation(n)[rank]+u)/n)
+        return inside((strata(rng, n)+u)/n)
     return times
+
+@preset('times')
+def jittered():
+    "One time at a random place in each stratum (Sahoo et al. 2024). Draw for the whole batch, then split it."
+    return lambda rng, n: inside((strata(rng, n)+rng.at('offset').uniform(n))/n)
 
 # %% ../nbs/13_weights.ipynb #0a8b9901
 def remapped(
