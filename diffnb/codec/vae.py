@@ -58,9 +58,12 @@ class Look(nn.Module):
 def smear(
     kernel:Float[Tensor,'o i 3 3'], # of a convolution that follows an enlargement by two
 )->Float[Tensor,'i o 4 4']: # of the transposed convolution with stride 2 that does both
-    "Add up the weights that meet the same value."
-    k = kernel.flip(-1, -2).transpose(0, 1)
-    return sum(F.pad(k, (a, 1-a, b, 1-b)) for a in (0, 1) for b in (0, 1))
+    "Add up the weights that meet the same value: S k S', one product of matrices; channels innermost in memory."
+    o,i = kernel.shape[:2]
+    s = kernel.new_tensor([[0,0,1], [0,1,1], [1,1,0], [1,0,0]])
+    both = torch.einsum('rs,qt->strq', s, s).reshape(9, 16)
+    k = (kernel.reshape(o*i, 9)@both).view(o, i*16).t().contiguous()
+    return k.view(i, 4, 4, o).permute(0, 3, 1, 2)
 
 class Up(nn.Module):
     "Twice as large, then a 3x3 convolution: in one step, with 4/9 of the work."
@@ -101,7 +104,7 @@ class Encoder(nn.Module):
         self.norm,self.out = nn.GroupNorm(groups, w[-1], eps=1e-6),nn.Conv2d(w[-1], 2*z, 3, padding=1)
         self.quant = nn.Conv2d(2*z, 2*z, 1) if quant else nn.Identity()
     def forward(self, x:Float[Tensor,'b c h w'])->Float[Tensor,'b z2 h8 w8']:
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(x)
         for stage,down in zip(self.stages, [*self.down, nn.Identity()]):
             for block in stage: x = block(x)
             x = down(x)
@@ -204,6 +207,7 @@ class VAE(Codec):
                           ch=ch, upcast=upcast) # what somebody's configuration would say
         self.encoder = Encoder(ch, widths, layers, z, groups, quant)
         self.decoder = Decoder(ch, widths, layers, z, groups, quant)
+        self.encoder.to(memory_format=torch.channels_last) # what follows a convolution keeps the form of its weights
         self.requires_grad_(learn)
     def run(self, part, x):
         "A part of the network on `x`: in float32 where the weights are stored in half precision, if `upcast`."
