@@ -9,6 +9,7 @@ from diffnb.models.mlm import MLM, PostNorm, PreNorm, SelfAttention, SwiGLU, ber
 from diffnb.process.masked import Masked
 from diffnb.rng import Rng
 from diffnb.samplers import sample
+from diffnb.samplers.masked import blocks
 
 F64 = torch.float64
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -180,6 +181,7 @@ def test_nothing_but_pads_is_finite(make, block):
     x,mask = tokens(2, 8),torch.tensor([[True]*8, [False]*8])
     y = net(x, T, mask=mask)
     (y*mask[...,None]).square().sum().backward()
+    assert net.look(x, mask).any(-1).all() # not every attention can take a row of nothing
     assert y.isfinite().all() and all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
 
 def test_pads_change_no_loss():
@@ -208,6 +210,21 @@ def test_head_runs_on_rows_alone(make, monkeypatch):
     def whole(x, net_t, **cond): return net(x, net_t, **cond)
     b = list(sample(whole, process, (2, 12), steps=6, rng=Rng(1)))[-1]
     assert torch.equal(a, b) and late<sum(seen)/1.5
+
+@each
+def test_block_by_block_through_the_sampler(make):
+    "Left to right by `blocks`, where some samples are finished before others; and block after block with `ids`."
+    net = randomised(make(block=4), .2)
+    process,known = Masked('straight', net.mask_id, 48),4+tokens(3, 12, v=44)
+    keep = torch.arange(12)<torch.tensor([0, 5, 12])[:,None]
+    def whole(x, net_t, **cond): return net(x, net_t, **cond)
+    a,b = (list(sample(f, process, (3, 12), steps=6, step=blocks(size=4), known=known, keep=keep)) for f in (net, whole))
+    assert all(map(torch.equal, a, b)) and (a[-1]!=net.mask_id).all() and torch.equal(a[-1][keep], known[keep])
+    text = a[-1][:,:4]
+    for k in range(2):
+        new = list(sample(net, process, (3, 4), steps=2, cond=dict(ids=text), rng=Rng(k)))[-1]
+        assert (new!=net.mask_id).all()
+        text = torch.cat([text, new], 1)
 
 @each
 @pytest.mark.parametrize('t', [T, torch.tensor([.1, .9], dtype=F64), torch.rand(2, 12, dtype=F64, generator=gen())])
