@@ -31,7 +31,7 @@ class Control(nn.Module):
         for a,b in zip(widths, widths[1:]): convs += [nn.SiLU(), conv(a, a), nn.SiLU(), conv(a, b, 2)]
         self.enc,self.ch,self.widths = enc,ch,list(widths)
         self.hint = nn.Sequential(*convs, nn.SiLU(), zero_(conv(widths[-1], enc.widths[0])))
-        self.zero = nn.ModuleList(zero_(nn.Conv2d(w, w, 1)) for w in enc.channels())
+        self.zero = nn.ModuleList(zero_(nn.Conv2d(w, w, 1)) for w, in enc.maps())
     def prepare(self, picture:Float[Tensor,'b c h w'], ctx=None, vec=None, ids=None, **cond)->dict:
         "All that depends on neither latents nor time."
         ctx = self.enc.text(ctx)
@@ -55,12 +55,13 @@ class ControlNet(Denoiser):
         super().__init__()
         self.net,self.control,self.scale,self.name = net,control,scale,name
     def features(self, x:Float[Tensor,'b c h w'], net_t:Float[Tensor,'#b'], add=None, **cond)->Feats:
+        if add is not None: self.check(x, cond.get('concat'), add)
         cond = self.prepare(**cond)
         own = cond.pop(self.name, None)
         if own is None: return self.net.features(x, net_t, add=add, **cond)
         maps = self.control(x, net_t, mask=cond.get('ctx_mask'), **own)
         maps = [s*m for s,m in zip(self.scales(len(maps)), maps)]
-        if add is not None: maps = [m+a for m,a in zip(maps, add, strict=True)]
+        if add is not None: maps = [m+a for m,a in zip(maps, add)]
         return self.net.features(x, net_t, add=maps, **cond)
     def head(self, feats:Feats)->Float[Tensor,'b c h w']: return self.net.head(feats)
     def scales(self, n)->list:
@@ -76,6 +77,15 @@ def prepare(self:ControlNet, **cond)->dict:
     own = cond.get(self.name)
     if own is not None and not isinstance(own, Mapping): cond[self.name] = self.control.prepare(own, **cond)
     return self.net.prepare(**cond)
+
+@patch
+def check(self:ControlNet,
+    x:Tensor,                # latents
+    concat:Tensor|None=None, # joined to them
+    add:list|None=None,      # maps, to be added to the U-Net's
+)->Tensor: # both side by side
+    "What goes into the U-Net. ValueError for latents or maps that do not fit."
+    return self.net.check(x, concat, add)
 
 @patch
 def null(self:ControlNet, x, keep=None, **cond)->tuple:

@@ -168,15 +168,15 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList(self.stage(i, o, 2 if i<n-1 else 0) for i,o in enumerate(ins))
         self.middle = self.stage(n-1, [widths[-1]]*(2 if mid else 1), depth=mid, attns=1)
     def forward(self, x:Float[Tensor,'b c h w'], c:Float[Tensor,'#b t'], kv:list, mask=None, hint=None)->list:
-        "Maps, see `channels`. `hint` is added to the first."
+        "Maps, see `maps`. `hint` is added to the first."
         maps = [self.stem(x) if hint is None else self.stem(x)+hint]
         for stage,ks in zip(self.stages, kv): maps += stage(maps[-1], c, ks, mask)
         return [*maps, self.middle(maps[-1], c, kv[len(self.stages)], mask)[-1]]
-    def channels(self)->list[int]:
-        "Channels of the maps: the stem's, those of each stage, the middle's."
-        last = len(self.widths)-1
-        own = [[w]*(l+(i<last)) for i,(w,l) in enumerate(zip(self.widths, self.layers))] # a step down makes one more
-        return [self.widths[0], *sum(own, []), self.widths[-1]]
+    def maps(self, *size:int)->list[tuple]:
+        "Channels and size of the maps of latents of this size: the stem's, those of each stage, the middle's."
+        w,last = self.widths,len(self.widths)-1
+        own = [o for i,l in enumerate(self.layers) for o in [(w[i], i)]*l+[(w[i], i+1)]*(i<last)] # one by a step down
+        return [(c, *(-(-n>>i) for n in size)) for c,i in [(w[0], 0), *own, (w[-1], last)]]
     def token(self, net_t:Float[Tensor,'#b'], added:Tensor|None=None)->Float[Tensor,'#b t']:
         "What every ResNet block is told: time, and what `embed` made."
         return F.silu(self.time(net_t) if added is None else self.time(net_t)+added)
@@ -239,7 +239,7 @@ class UNet(Denoiser):
         super().__init__()
         self.ch,self.extra,self.size = ch,extra,size
         self.enc = Encoder(ch+extra, **sizes)
-        skips,w = self.enc.channels(),self.enc.widths
+        skips,w = [c for c, in self.enc.maps()],self.enc.widths
         h,dec = skips.pop(),[]
         for i in reversed(range(len(w))):
             ins = [a+skips.pop() for a in (h, *[w[i]]*self.enc.layers[i])]
@@ -247,10 +247,10 @@ class UNet(Denoiser):
         self.dec = nn.ModuleList(dec)
         self.out = nn.Sequential(nn.GroupNorm(self.enc.groups, h, self.enc.eps), nn.SiLU(), Conv3(h, ch))
     def features(self, x:Float[Tensor,'b c h w'], net_t:Float[Tensor,'#b'], add=None, concat=None, **cond)->Feats:
-        x,cond = self.check(x, concat),self.prepare(**cond)
+        x,cond = self.check(x, concat, add),self.prepare(**cond)
         c,kv,mask = self.enc.token(net_t, cond['added']),cond['kv'],cond.get('ctx_mask')
         maps = self.enc(x, c, kv, mask)
-        if add is not None: maps = [m+a for m,a in zip(maps, add, strict=True)]
+        if add is not None: maps = [m+a for m,a in zip(maps, add)]
         h = maps.pop()
         for stage,ks in zip(self.dec, kv[-len(self.dec):]): h = stage(h, c, ks, mask, maps)[-1]
         return Feats(h, c)
@@ -261,11 +261,14 @@ class UNet(Denoiser):
 def check(self:UNet,
     x:Tensor,                # latents
     concat:Tensor|None=None, # joined to them
+    add:list|None=None,      # maps, to be added to its own
 )->Tensor: # both side by side
-    "What goes in, in the network's dtype. ValueError for latents that do not fit."
+    "What goes in, in the network's dtype. ValueError for latents or maps that do not fit."
     got = [tuple(o.shape) for o in (x, concat) if o is not None]
     if x.ndim!=4 or got!=[(len(x), n, *x.shape[2:]) for n in (self.ch, self.extra) if n]:
         raise ValueError(f'latents and concat must have {self.ch} and {self.extra} channels and one size: got {got}')
+    want,got = [(len(x), *m) for m in self.enc.maps(*x.shape[2:])],[tuple(a.shape) for a in add or ()]
+    if add is not None and got!=want: raise ValueError(f'add must be {len(want)} maps, {want}: got {len(got)}, {got}')
     return (x if concat is None else torch.cat([x, concat], 1)).to(self.enc.stem.weight.dtype)
 
 @patch
