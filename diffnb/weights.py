@@ -168,7 +168,10 @@ def log_normal(
     return lambda rng, n: inside(s.t_of((mean+std*rng.normal(n, dtype=torch.float64)).exp()))
 
 # %% ../nbs/13_weights.ipynb #888cebd6
-def strata(rng, n):
+def strata(
+    rng:Rng, # its samples say who gets which
+    n:int,   # samples, as many as strata
+)->Tensor: # int64, (n,)
     "The stratum of each sample, from 0 to n-1, in random order."
     rank = torch.arange(n) if rng.idx is None else torch.tensor(rng.idx).argsort(stable=True).argsort()
     if len(rank)!=n: raise ValueError(f'the rng is bound to {len(rank)} samples, not to {n}')

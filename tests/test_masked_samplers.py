@@ -456,6 +456,16 @@ def test_blocks_from_left_to_right(n, size, start, N):
             mine, many = [d for i,d in enumerate(done) if i*m//N==j], int((block==j).sum())
             assert mine==[many//len(mine)+(k<many%len(mine)) for k in range(len(mine))]
 
+@pytest.mark.parametrize('inner', [ancestral, first_hitting, confident, threshold, entropy_bound, lambda: remask(scaled(.5))],
+    ids='ancestral hitting confident threshold entropy remask'.split())
+def test_every_sampler_keeps_to_its_block(inner):
+    net = lambda x, net_t: torch.linspace(0, 9, 8).expand(*x.shape, 8)
+    xs = list(sample(net, Masked('straight', 8, 8), (5, 12), steps=9, step=blocks(inner(), 4), rng=Rng(38)))
+    for i,x in enumerate(xs):
+        j = i//3
+        assert (x[:,4*(j+1):]==8).all() and (x[:,:4*j]<8).all()
+        if i%3==2: assert (x[:,4*j:4*j+4]<8).all()
+
 def test_one_block_is_the_sampler_itself():
     p = Masked('cosine', 8, 8)
     for f in (ancestral(), confident(margin), first_hitting(), remask(scaled(.3))):

@@ -16,7 +16,6 @@ from torch import Tensor
 from ..core import expand, preset
 from ..guidance import constant
 from ..rng import Rng
-from . import NOISE
 
 # %% ../../nbs/19_samplers.likelihood.ipynb #1c1d6deb
 def field(
@@ -160,14 +159,14 @@ def log_likelihood(
 
 def _last(process):
     "u at t = 1."
-    alpha, sigma = process.schedule.wide(NOISE, NOISE)
+    alpha, sigma = (o.item() for o in process.schedule(1.))
     return sigma/(alpha+sigma)
 
 def _signs(rng, k, y): return 2.*(rng.at('probe', step=k).uniform(*y.shape, device=y.device)<.5).to(y.dtype)-1
 
 def _at_noise(process, o):
     "Density of the last point in the variable y, and what the way added to it."
-    alpha, sigma = process.schedule.wide(NOISE, NOISE)
+    alpha, sigma = (o.item() for o in process.schedule(1.))
     var = (alpha**2+sigma**2)/(alpha+sigma)**2 # of the prior, in the variable y
     y, gained = o[:,:-1], o[:,-1]
     return gained-.5*(y**2/var+math.log(2*math.pi*var)).sum(1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['adams', 'ddpm', 'Clipped', 'clipped', 'euler_ancestral', 'sde_dpmpp_2m', 'churned', 'hot', 'heun_churn', 'corrected',
-           'unipc', 'runge_kutta', 'plms', 'pndm', 'lcm']
+           'unipc', 'carry', 'runge_kutta', 'plms', 'pndm', 'lcm']
 
 # %% ../../nbs/18_samplers.solvers.ipynb #8f4e0145
 import math
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from ..core import Est, preset
 from ..grids import Grid
-from ..process.gaussian import mix
-from . import ahead, carry, clock_of, ddim, dpmpp_2m, ends, heun, log_ratio, look, weigh
+from . import ahead, clock_of, ddim, dpmpp_2m, ends, heun, log_ratio, look, weigh
 
 # %% ../../nbs/18_samplers.solvers.ipynb #a5d18ef1
 @preset('sampler', order=1, stochastic=True)
@@ -76,11 +75,15 @@ def churned(
     def churn(process, call, x, grid, i, state, rng):
         if 'hot' not in state: state['hot'] = hot(process, grid, min(amount/(len(grid.t)-1), math.sqrt(2)-1), low, high)
         t = state['hot'][i:i+1]
-        if t>grid.t[i]:
-            (a,s), (b,r) = (process.schedule.wide(o, x) for o in (grid.t[i:i+1], t))
-            x = mix(b/a, x, noise*max(0., r*r-(b/a*s)**2)**.5, rng.at('churn').normal(like=x))
-            grid = Grid(*(torch.cat([o[:i], n, o[i+1:]]) for o,n in zip(grid, (t, process.net_t(t)))))
-        return step(process, call, x, grid, i, state, rng)
+        if t==grid.t[i]: return step(process, call, x, grid, i, state, rng)
+        (a,s), goal = ends(process, grid, i, state)
+        b,r = up = process.schedule.wide(t, x)
+        x = weigh((b/a, x), (noise*max(0., r*r-(b/a*s)**2)**.5, rng.at('churn').normal(like=x)))
+        grid = Grid(*(torch.cat([o[:i], n, o[i+1:]]) for o,n in zip(grid, (t, process.net_t(t)))))
+        whole = state['levels']
+        state['levels'] = grid.t, [*whole[1][:i], up, goal]
+        x, state['levels'] = step(process, call, x, grid, i, state, rng), whole
+        return x
     return churn
 
 def hot(
@@ -129,14 +132,27 @@ def unipc():
     "UniPC-2 with B2(h) = exp(h)-1 (Zhao et al. 2023): DPM-Solver++ 2M, each step corrected by the next."
     def step(process, call, x, grid, i, state, rng):
         prev, past = state.get('est'), state.get('prev')
-        est, points = look(process, call, x, grid, i, state), ends(process, x, grid, i, 4)
+        est, points = look(process, call, x, grid, i, state), ends(process, grid, i, state, 4)
         if prev is not None: x = corrected(points[:-1], state['from'], est, prev, past)
         state['from'], state['prev'] = x, prev
         (at,st), (as_,ss) = points[-2:]
-        return mix(ss/st, x, as_-at*ss/st, ahead(points[-3:], est, prev))
+        return weigh((ss/st, x), (as_-at*ss/st, ahead(points[-3:], est, prev)))
     return step
 
 # %% ../../nbs/18_samplers.solvers.ipynb #64ec4569
+def carry(
+    x:Tensor,       # where we are
+    a:tuple,        # `(alpha, sigma)` there
+    b:tuple,        # and where we go
+    clock:Callable, # `sigma_clock` or `flow_clock`
+    *slopes:tuple,  # pairs of a weight and an estimate, the weights adding up to 1
+)->Tensor:
+    "Along the mean of slopes from one noise level to another, as the clock counts."
+    (c, u, wx, we), (d, v, _, _) = clock(*a), clock(*b)
+    h = d*(v-u)
+    return weigh((d/c, x), *((h*we*w, o.eps) for w,o in slopes), *((h*wx*w, o.x0) for w,o in slopes))
+
+# %% ../../nbs/18_samplers.solvers.ipynb #90a93fd9
 adams = {1: (1,), 2: (3/2, -1/2), 3: (23/12, -16/12, 5/12), 4: (55/24, -59/24, 37/24, -9/24)} # newest first
 
 def runge_kutta(
@@ -144,7 +160,7 @@ def runge_kutta(
 )->Callable: # a step
     "The classical rule with four slopes: at the start, twice half way, at the end. Euler's at the last step."
     def step(process, call, x, grid, i, state, rng):
-        f, (a, b) = clock or clock_of(process), ends(process, x, grid, i)
+        f, (a, b) = clock or clock_of(process, state), ends(process, grid, i, state)
         m, e = (grid.t[i:i+1]+grid.t[i+1:i+2])/2, look(process, call, x, grid, i, state)
         if i+2==len(grid.t): return carry(x, a, b, f, (1., e))
         half = process.schedule.wide(m, x)
@@ -168,7 +184,7 @@ def plms(
         if est is None: x = warm(process, call, x, grid, i, state, rng)
         state['past'] = past = (est or state['est'], *past[:3])
         if est is None: return x
-        return carry(x, *ends(process, x, grid, i), clock or clock_of(process), *zip(adams[len(past)], past))
+        return carry(x, *ends(process, grid, i, state), clock or clock_of(process, state), *zip(adams[len(past)], past))
     return step
 
 @preset('sampler', order=2, stochastic=False)
@@ -186,9 +202,9 @@ def lcm(
 ):
     "Jump to the end and put noise back (Luo et al. 2023, Alg. 3): for consistency models only."
     def step(process, call, x, grid, i, state, rng):
-        est, (_, (as_,ss)) = look(process, call, x, grid, i, state), ends(process, x, grid, i)
+        est, (_, (as_,ss)) = look(process, call, x, grid, i, state), ends(process, grid, i, state)
         u = scale*(grid.t[i].item()*(process.schedule.T or 1000)-1)
         d = u*u+sd*sd
-        x0 = mix(u/d**.5, est.x0, sd*sd/d, x) if sd else est.x0
-        return mix(as_, x0, ss, rng.normal(like=x)) if ss else x0
+        x0 = weigh((u/d**.5, est.x0), (sd*sd/d, x)) if sd else est.x0
+        return weigh((as_, x0), (ss, rng.normal(like=x))) if ss else x0
     return step
