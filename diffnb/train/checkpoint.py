@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .. import __version__
-from ..core import nearest
+from ..core import create, nearest
 from ..rng import Rng
 from ..saving import load, load_into
 from ..store import check_folder, load_json, load_tensors, newest, point, prune
@@ -94,14 +94,16 @@ def save_checkpoint(
     path = Path(folder)/f'step-{progress.step:08d}'
     moments, rest = optimiser_state(net, opt)
     averages = {f'ema-{k}': {**e.avg, **e.buffers} for k,e in emas.items()}
+    parts = sorted(net) if isinstance(net, nn.ModuleDict) else [] # where more than the denoiser is trained
+    made = getattr(net['denoiser'] if parts else net, 'preset', None)
     files = {'model': net.state_dict(), **averages, 'optim': moments}
-    state = dict(progress=asdict(progress), facts=facts(rng), averages=sorted(emas),
+    state = dict(progress=asdict(progress), facts=facts(rng), averages=sorted(emas), parts=parts,
                  recipe=recipe, recipe_hash=None if recipe is None else recipe_hash(recipe))
     with write_folder(path, room=sum(t.numel()*t.element_size() for o in files.values() for t in o.values())) as tmp:
         for k,o in files.items(): save_tensors(tmp/f'{k}.safetensors', o)
         save_json(tmp/'optim.json', rest)
         save_json(tmp/'state.json', state)
-        if hasattr(net, 'preset'): save_json(tmp/'config.json', dict(dict(format=1, kind='denoiser'), **net.preset))
+        if made: save_json(tmp/'config.json', dict(dict(format=1, kind='denoiser'), **made))
     point(folder, path.name)
     prune(folder, max(2, keep))
     return path
@@ -214,6 +216,7 @@ def load_weights(
     where:Path|str,          # a run, or one of its checkpoints
     net:nn.Module,           # gets them
     average:str|None='ema',  # an average's name; None is the raw weights
+    part:str='',             # of what was trained, such as 'denoiser.'; all of it
 )->Path: # the checkpoint
     "Load raw or averaged weights. ValueError for an average that is not there, and for weights that do not fit."
     path = checkpoint_in(where)
@@ -221,7 +224,7 @@ def load_weights(
     if average is not None and average not in known:
         raise ValueError(f'{path.name} has no average {average!r}{nearest(average, known)}')
     name = 'model.safetensors' if average is None else f'ema-{average}.safetensors'
-    tensors = load_tensors(path/name)[0]
+    tensors = {k[len(part):]: v for k,v in load_tensors(path/name)[0].items() if k.startswith(part)}
     load_into(net, tensors if average is None else completed(tensors, net), f'{path.name}/{name}')
     return path
 
@@ -236,6 +239,7 @@ def completed(
     frozen = {k: own[k] for k,p in net.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return {**frozen, **{k: shared[v.data_ptr()] for k,v in own.items() if v.data_ptr() in shared}, **cast}
 
+# %% ../../nbs/54_train.checkpoint.ipynb #6d335770
 def load_denoiser(
     where:Path|str,          # a run, or one of its checkpoints
     average:str|None='ema',  # an average's name; None is the raw weights
@@ -244,6 +248,11 @@ def load_denoiser(
     path = checkpoint_in(where)
     if not (path/'config.json').exists():
         raise ValueError(f'{path.name} does not say which network it holds: build it, then use load_weights')
-    net = load(path)
-    if average is not None: load_weights(path, net, average)
+    if load_json(path/'state.json').get('parts'):
+        config = load_json(path/'config.json')
+        net = create(config['name'], kind=config['kind'], **config['kw'])
+        load_weights(path, net, average, 'denoiser.')
+    else:
+        net = load(path)
+        if average is not None: load_weights(path, net, average)
     return net.eval()

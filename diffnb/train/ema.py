@@ -104,7 +104,8 @@ def draw_samples(
 )->Tensor: # in data space
     "Samples from an average of the weights."
     net = averaged(task.net, ema)
-    whole = task.net is task.denoiser # else the codec is trained too
-    denoiser, codec = (net, task.codec) if whole else (net['denoiser'], net['codec'])
+    whole = task.net is task.denoiser # else the codec or the weight of the loss is trained too
+    denoiser = net if whole else net['denoiser']
+    codec = task.codec if whole or 'codec' not in net else net['codec']
     *_, x = sample(denoiser, task.process, shape, rng=rng or Rng(0, 'samples'), **kw)
     return x if codec is None else codec.decode(x)

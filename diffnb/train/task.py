@@ -124,9 +124,10 @@ class DiffusionTask:
 
 @patch(as_prop=True)
 def net(self:DiffusionTask)->nn.Module:
-    "All that is trained: the denoiser, and the codec where it has parameters to train."
-    learns = self.codec is not None and any(p.requires_grad for p in self.codec.parameters())
-    return nn.ModuleDict(dict(denoiser=self.denoiser, codec=self.codec)) if learns else self.denoiser
+    "All that is trained: the denoiser, and the codec and the weight of the loss where they have parameters to train."
+    parts = dict(codec=self.codec, weight=getattr(self.process, 'weight', None))
+    more = {k: o for k,o in parts.items() if isinstance(o, nn.Module) and any(p.requires_grad for p in o.parameters())}
+    return nn.ModuleDict(dict(denoiser=self.denoiser, **more)) if more else self.denoiser
 
 # %% ../../nbs/52_train.task.ipynb #a2d6c323
 @patch
