@@ -7,12 +7,15 @@ __all__ = ['Codec', 'Pixels', 'pixels', 'TokenCodec', 'token_codec']
 
 # %% ../../nbs/30_codec.core.ipynb #fd4c9f92
 import math
+from collections.abc import Callable
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..core import preset
 from ..rng import Rng
+from ..tokens import draw, narrow
 
 # %% ../../nbs/30_codec.core.ipynb #8f9b6de7
 class Codec(nn.Module):
@@ -107,3 +110,33 @@ def token_codec(
 ):
     "Tokens as vectors of unit variance, read by the same table."
     return TokenCodec(vocab, dim, scale, learn, seed)
+
+# %% ../../nbs/30_codec.core.ipynb #fddd08d8
+@patch
+def snap(self:TokenCodec,
+    how:Callable=narrow(k=1), # logits -> logits: which tokens an estimate may be a mean of, see `narrow`
+)->Callable: # `z -> z`, for `clean` of a Gaussian process
+    "Vectors moved to the nearest row, or to the mean of likely ones."
+    def snapped(z): return (how(self.logits(z)).softmax(-1)@self.vectors(self.rows)).to(z.dtype)
+    return snapped
+
+@patch
+def choose(self:TokenCodec,
+    z:Float[Tensor,'b *n d'], # estimates
+    how:Callable=narrow(),    # logits -> logits: temperature, top-k, top-p
+    rng:Rng|None=None,        # where the draws come from
+)->Int[Tensor,'b *n']: # tokens
+    "Tokens drawn by their chances, as the table reads them."
+    u = (rng or Rng()).at('choose').uniform(*z.shape[:-1], 1, device=z.device)
+    return draw(how(self.logits(z)), u)[...,0]
+
+@patch
+def anchor(self:TokenCodec,
+    weight:float=1.,     # against the squared error of a component
+    tau:float|None=None, # divides the logits; None: the root of the components' number
+)->Callable: # `(x0_hat, x0) -> loss per token`, for `anchor` of a Gaussian process
+    "How badly an estimate reads as the token that it should be: the table is the network's last layer too."
+    def loss(x0_hat, x0):
+        tokens = self.decode(x0.detach())
+        return weight*self.loss(tokens, x0_hat/(tau or math.sqrt(x0.shape[-1])))
+    return loss
