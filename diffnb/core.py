@@ -29,7 +29,7 @@ class Est(NamedTuple):
     x0:Tensor                 # clean estimate: a tensor like x, or the most probable tokens
     eps:Tensor|None=None      # the noise that goes with x0 (Gaussian processes)
     logits:Tensor|None=None   # log-probabilities over tokens, `(b,n,v)` (masked processes)
-    logvar:Tensor|None=None   # log-variance of the step, where it is learned
+    logvar:Tensor|None=None   # where it is learned: the step's log-variance, as a share in [0,1] between its two bounds
 
 class Loss(NamedTuple):
     "Loss per element, weighted, in float32, with the elements that count."
@@ -84,7 +84,7 @@ def preset(
         @functools.wraps(f)
         def made(*args, **kw):
             o = f(*args, **kw)
-            if isinstance(o, nn.Module): o.preset = dict(name=f.__name__, kw=_given(f, args, kw))
+            if isinstance(o, nn.Module): o.preset = dict(kind=kind, name=f.__name__, kw=_given(f, args, kw))
             return o
         made.kind, made.facts = kind, facts
         _presets[kind, f.__name__] = made

@@ -134,7 +134,7 @@ def test_presets(name):
     "Each can be made without memory, keeps its name, gives the shape it was given, and is exactly zero when fresh."
     assert presets('denoiser')[name].__name__==name
     with torch.device('meta'): net = create(name)
-    assert net.preset==dict(name=name, kw={})
+    assert net.preset==dict(kind='denoiser', name=name, kw={})
     if name in ('diffit_tiny', 'diffit_fashion'):
         net = create(name)
         x,t,cond = net.demo(3)

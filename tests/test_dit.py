@@ -38,7 +38,7 @@ def test_published(name):
     assert sum(p.numel() for p in net.parameters())==params
     assert abs(f.get_total_flops()/2e9-gmac)<=max(.005*gmac, .005) # the sheet has two places
     assert net.pos.numel()==PLACES.get(name, net.pos.numel()) and y.shape==(1, 8, *x.shape[2:])
-    assert net.preset==dict(name=name, kw={})
+    assert net.preset==dict(kind='denoiser', name=name, kw={})
 
 def test_every_preset_is_on_the_sheet():
     ours = {n for n in presets('denoiser') if n.startswith('dit_') and 'moe' not in n and not n.endswith('tiny')}

@@ -1,5 +1,5 @@
 "DiT and latent DiffiT in everybody's spelling: diffusers' class gives the same numbers from the same weights, over random small sizes; original files are what their equations say."
-import json, random
+import inspect, json, random
 import pytest, torch
 from torch import nn
 from diffnb.core import create
@@ -144,9 +144,19 @@ def test_copies_must_agree(theirs):
 
 @pytest.mark.parametrize('bad,words', [(dict(activation_fn='geglu'), "activation_fn is 'geglu'"), (dict(norm_eps=1e-3), 'norm_eps is 0.001'),
     (dict(out_channels=5), 'out_channels is 5, and only 4 and 8'), (dict(attention_bias=False), 'attention_bias'), (dict(dropout=.1), 'dropout'),
-    (dict(sample_size=15), 'do not tile')])
+    (dict(sample_size=15), 'do not tile'), (dict(num_layer=3), "'num_layer' is unknown here .did you mean 'num_layers'"),
+    (dict(caption_channels=8), 'caption_channels is 8'), (dict(interpolation_scale=2), 'interpolation_scale is 2')])
 def test_configs_that_ours_cannot_be(bad, words):
     with pytest.raises(ValueError, match=words): from_diffusers({**SPEC, **bad})
+
+def test_options_are_known(theirs):
+    "Every option of both of diffusers' classes is read, fixed or refused by name."
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    for cls in (theirs, Transformer2DModel):
+        for k,p in inspect.signature(cls.__init__).parameters.items():
+            if k=='self': continue
+            try: from_diffusers({**SPEC, k: p.default if k not in SPEC else SPEC[k]})
+            except ValueError as e: assert 'unknown' not in str(e) and str(e).startswith(f'{k} is '), (k, e)
 
 def test_networks_that_theirs_cannot_be(tmp_path):
     for net,words in ((dit_moe_tiny(), 'no row for blocks.0.mlp.router'), (diffit_latent_tiny(), 'no row for blocks.0.block'), (dit_tiny(sit=True), 'no SiT'),

@@ -9,7 +9,7 @@ __all__ = ['with_places', 'modulated', 'time_steered', 'dit_original', 'dit_diff
 # %% ../../nbs/36_hub.images.ipynb #61a03906
 from torch import nn
 from ..core import preset
-from .layouts import Config, Op, Row, cat, copies, made, only, plan
+from .layouts import Config, Op, Row, cat, copies, known, made, only, plan
 from ..models.dit import dit
 
 # %% ../../nbs/36_hub.images.ipynb #636b69bc
@@ -72,12 +72,20 @@ def dit_diffusers(
     return rows
 
 # %% ../../nbs/36_hub.images.ipynb #c0bc612b
+_DIT = set('''num_attention_heads attention_head_dim in_channels out_channels num_layers patch_size sample_size
+    num_embeds_ada_norm'''.split())
+_UNUSED = set('norm_num_groups use_linear_projection use_additional_conditions'.split()) # by a network of this kind
+
 def from_diffusers(
     config:dict, # of a DiTTransformer2DModel
 )->nn.Module:
     "The network that a configuration means. ValueError for what it cannot be."
-    only(config, activation_fn='gelu-approximate', attention_bias=True, norm_type='ada_norm_zero', dropout=0.,
-         upcast_attention=False, norm_elementwise_affine=False, norm_eps=(1e-5, 1e-6))
+    fixed = dict(activation_fn='gelu-approximate', attention_bias=True, norm_type='ada_norm_zero', dropout=0.,
+                 upcast_attention=False, norm_elementwise_affine=False, norm_eps=(1e-5, 1e-6), num_vector_embeds=None,
+                 cross_attention_dim=None, only_cross_attention=False, double_self_attention=False,
+                 attention_type='default', caption_channels=None, interpolation_scale=(None, 1))
+    known(config, *fixed, *_DIT, *_UNUSED)
+    only(config, **fixed)
     ch,heads = config.get('in_channels', 4),config.get('num_attention_heads', 16)
     out,dim = config.get('out_channels') or ch, heads*config.get('attention_head_dim', 72)
     if out not in (ch, 2*ch): raise ValueError(f'out_channels is {out}, and only {ch} and {2*ch} are supported')

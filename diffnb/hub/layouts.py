@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['same', 'cat', 'split', 'swap', 'as_linear', 'as_conv', 'copies', 'Op', 'each', 'cat_of', 'as_patches', 'Row',
            'ignore', 'made', 'own_names', 'plan', 'Report', 'layouts_of', 'rows_of', 'compare', 'Hollow', 'load_state',
-           'dump_state', 'Config', 'only']
+           'dump_state', 'Config', 'only', 'known']
 
 # %% ../../nbs/32_hub.layouts.ipynb #7363aca3
 from collections.abc import Callable, Mapping
@@ -315,3 +315,13 @@ def only(
         allowed = v if isinstance(v, tuple) else (v,)
         if config.get(k, allowed[0]) not in allowed:
             raise ValueError(f'{k} is {config[k]!r}, and only {" or ".join(map(repr, allowed))} is supported')
+
+
+def known(
+    config:Mapping, # somebody's
+    *names:str,     # options that are understood; those that begin with _ are no options
+)->None:
+    "ValueError that names the first option of which no network of ours knows."
+    for k in config:
+        if k not in names and not k.startswith('_'):
+            raise ValueError(f'the option {k!r} is unknown here{nearest(k, names)}')

@@ -10,7 +10,7 @@ __all__ = ['bert_rows', 'bert_model', 'bert_masked_lm', 'bert_model_old', 'bert_
 # %% ../../nbs/37_hub.text.ipynb #b90dd500
 from collections.abc import Mapping
 from ..core import preset
-from .layouts import Config, Row, cat, ignore, made, only
+from .layouts import Config, Row, cat, ignore, known, made, only
 from ..models.mamba2 import Mamba2, mamba2
 from ..models.mlm import MLM, bert
 
@@ -198,8 +198,7 @@ def from_mamba_ssm(
     names = dict(d_state='state', headdim='head', ngroups='groups', d_conv='conv')
     names.update((k, k) for k in ('expand', 'conv_bias', 'bias'))
     ssm.pop('chunk_size', None) # the result does not depend on it
-    for k in ssm:
-        if k not in names: raise ValueError(f'the option {k!r} of ssm_cfg is unknown here')
+    known(ssm, *names)
     many = config.get('pad_vocab_size_multiple', 8)
     vocab = -(-config['vocab_size']//many)*many
     kw = dict(mask_id=vocab-1, tied=config.get('tie_embeddings', True), **{names[k]: v for k,v in ssm.items()})

@@ -8,8 +8,8 @@ __all__ = ['walk', 'unet_diffusers', 'control_diffusers', 'unet_ldm', 'control_l
 
 # %% ../../nbs/33_hub.unet.ipynb #6dc84756
 from collections.abc import Callable, Mapping
-from ..core import nearest, preset
-from .layouts import Config, Row, as_linear, only, same
+from ..core import preset
+from .layouts import Config, Row, as_linear, known, only, same
 from ..models.controlnet import Control, control
 from ..models.unet import Encoder, UNet, unet
 
@@ -123,9 +123,7 @@ def encoder_sizes(
     config:Mapping, # diffusers', of a U-Net or a ControlNet
 )->dict:
     "The arguments of `Encoder`. ValueError that names an option of which ours knows nothing, or not this value."
-    names = {*_SIZES, *_READ, *_FIXED}
-    for k in config:
-        if k not in names and not k.startswith('_'): raise ValueError(f'{k} is unknown here{nearest(k, names)}')
+    known(config, *_SIZES, *_READ, *_FIXED)
     only(config, **_FIXED)
     kw = {v: config.get(k, usual) for k,(v,usual) in _SIZES.items()}
     n,types = len(kw['widths']),config.get('down_block_types', ['CrossAttnDownBlock2D']*3+['DownBlock2D'])
