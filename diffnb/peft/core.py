@@ -57,9 +57,9 @@ def find(
     for t in (targets := _list(targets))+(skip := _list(skip)):
         if any(fits(k, m, t) for k,m in layers.items()): continue
         n = t.count('.')+1 if isinstance(t, str) else 0 # compare with runs of as many parts
-        runs = {'.'.join(p[i:i+n]) for p in (k.split('.') for k in layers) for i in range(len(p)-n+1)} if n else layers
+        runs = {'.'.join(p[i:i+n]) for p in (k.split('.') for k in layers) for i in range(len(p)-n+1)}
         raise ValueError(f'target {t!r} fits none of the {len(layers)} layers of {type(inner(net)).__name__}'
-                         f'{nearest(t, sorted(runs))}')
+                         f'{nearest(t, sorted(runs)) if n else ""}')
     ok = None if blocks is None else set(blocks)
     found = {k: m for k,m in layers.items() if any(fits(k, m, t) for t in targets)
              and not any(fits(k, m, t) for t in skip) and (ok is None or _number(k) in ok)}
@@ -198,7 +198,7 @@ def inject(
     if not name.isidentifier() or hasattr(nn.ModuleDict, name): raise ValueError(f'{name!r} cannot name an adapter')
     if name in names(net): raise ValueError(f'there is an adapter {name!r}: remove it, or give this one another name')
     for k,o in shared(net).items():
-        if k in parts and hasattr(parts[k], 'change'):
+        if 'weight' in getattr(parts.get(k), 'touches', ()):
             raise ValueError(f'{k} shares its weight with {o}: leave it out, or give it one of its own')
     wrapped = inner(net) is not net
     if not wrapped and any(k=='' or 'clock' in vars(p) for k,p in parts.items()): net = Between(net)
@@ -282,11 +282,11 @@ def merge(
         for p,d in sums.items():
             old = getattr(layer, p)
             if not old.is_floating_point(): raise ValueError(f'{k}.{p} is {old.dtype}: dequantise it before merging')
-            todo.append((s, p, old, old.to(torch.promote_types(d.dtype, old.dtype))+d))
+            todo.append((s, p, old, old.double()+d))
     for s,p,old,new in todo:
         s.kept[p] = old.detach().clone()
         old.copy_(new)
-        err = max(err, (old.to(new)-new).abs().max().item())
+        err = max(err, (old.double()-new).abs().max().item())
     return err
 
 @torch.no_grad()
