@@ -7,6 +7,7 @@ from diffnb.codec.core import Codec, Pixels, TokenCodec, pixels, token_codec
 from diffnb.core import create
 from diffnb.process.gaussian import Gaussian
 from diffnb.rng import Rng
+from diffnb.tokens import narrow
 from torch.nn import functional as F
 
 presets = {k: f for k,f in vars(diffnb.codec.core).items() if getattr(f, 'kind', None)=='codec'}
@@ -16,7 +17,7 @@ sizes = dict(token_codec=dict(vocab=9, dim=6))
 def test_every_codec(name):
     c = create(name, kind='codec', **sizes.get(name, {}))
     assert isinstance(c, Codec) and isinstance(c, torch.nn.Module)
-    assert c.preset==dict(name=name, kw=sizes.get(name, {}))
+    assert c.preset==dict(kind='codec', name=name, kw=sizes.get(name, {}))
     again = create(c.preset['name'], kind='codec', **c.preset['kw'])
     assert all(torch.equal(a, b) for a,b in zip(c.state_dict().values(), again.state_dict().values()))
     x = torch.randint(0, 9, (2, 5), generator=torch.Generator().manual_seed(0)) if name=='token_codec' else \
@@ -158,3 +159,49 @@ def test_vectors_collapse_only_without_the_loss(anchor, kept):
         loss = process.loss(call, z, rng.at('t').uniform(32), rng=rng).value.mean()+anchor*c.loss(x, z).mean()
         opt.zero_grad(); loss.backward(); opt.step()
     assert (row_spread(c)>.1*start)==kept
+
+# --- what a sampler does with an estimate
+def test_snap_is_the_nearest_row_or_a_mean_of_likely_ones():
+    c, z = token_codec(20, 8), Rng(0).normal(3, 5, 8)
+    rows = c.encode(torch.arange(20)[None])[0]
+    assert torch.allclose(c.snap()(z), c.encode(c.decode(z)), atol=1e-5)
+    assert torch.allclose(c.snap(narrow())(z), c.logits(z).softmax(-1)@rows, atol=1e-5)
+    best, i = c.logits(z).topk(3)
+    assert torch.allclose(c.snap(narrow(k=3))(z), (best.softmax(-1)[...,None]*rows[i]).sum(-2), atol=1e-5)
+    assert c.snap()(z.double()).dtype==torch.float64 and c.snap()(z.bfloat16()).dtype==torch.bfloat16
+    x = torch.arange(20)[None]
+    assert torch.equal(c.decode(c.snap()(c.encode(x))), x)
+
+def test_choose_draws_by_the_logits():
+    c = token_codec(6, 8)
+    z = (.3*Rng(1).normal(1, 1, 8)).expand(2000, 10, 8)
+    for how in (narrow(), narrow(temperature=2.), narrow(k=2), narrow(p=.6)):
+        want = how(c.logits(z[0]))[0].softmax(-1)
+        share = c.choose(z, how, Rng(2)).flatten().bincount(minlength=6)/20000
+        assert (share-want).abs().max()<.015 # 20,000 draws: sd at most .0035
+        assert (share[want==0]==0).all()
+    for how in (narrow(k=1), narrow(temperature=0)): assert torch.equal(c.choose(z[:4], how), c.decode(z[:4]))
+    a = c.choose(z[:8], rng=Rng(3).of(range(8)))
+    assert torch.equal(c.choose(z[2:5], rng=Rng(3).of(range(2, 5))), a[2:5]) and not torch.equal(a, c.choose(z[:8], rng=Rng(4)))
+    assert c.choose(z[:2,0])[:, None].shape==(2, 1)
+
+def test_the_anchor_is_cross_entropy_of_the_estimate():
+    c, x = token_codec(7, 9), torch.tensor([[3, 4, 0], [6, 6, 1]])
+    z, x0 = Rng(2).normal(2, 3, 9), c.encode(x)
+    for tau in (None, 2.):
+        want = -(c.logits(z)/(tau or 3)).log_softmax(-1).gather(-1, x[...,None])[...,0]
+        assert torch.allclose(c.anchor(.5, tau)(z, x0), .5*want, atol=1e-6)
+    c.anchor()(z, x0).sum().backward()
+    assert c.rows.grad.abs().sum()>0 # the same table writes, reads and learns
+    p = Gaussian('cosine', 'x0', anchor=c.anchor())
+    got, plain = (q.loss(lambda x, net_t: x/2, x0.detach(), torch.full((2,), .5), rng=Rng(3)).value for q in (p, Gaussian('cosine', 'x0')))
+    x_t = p.corrupt(x0.detach(), torch.full((2,), .5), rng=Rng(3))[0]
+    assert torch.allclose(got-plain, c.anchor()(x_t/2, x0)[...,None].expand_as(got), atol=1e-5)
+
+def test_the_clean_function_of_a_process():
+    c = token_codec(12, 8)
+    p = Gaussian('cosine', 'x0', clean=c.snap())
+    x_t, t = Rng(0).normal(2, 4, 8), torch.tensor([.6])
+    est = p.estimate(lambda x, net_t: x/2, x_t, t)
+    alpha, sigma = p.schedule.at(t, x_t)
+    assert torch.allclose(est.x0, c.encode(c.decode(x_t)), atol=1e-5) and torch.allclose(alpha*est.x0+sigma*est.eps, x_t, atol=1e-5)

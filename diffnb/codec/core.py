@@ -117,7 +117,9 @@ def snap(self:TokenCodec,
     how:Callable=narrow(k=1), # logits -> logits: which tokens an estimate may be a mean of, see `narrow`
 )->Callable: # `z -> z`, for `clean` of a Gaussian process
     "Vectors moved to the nearest row, or to the mean of likely ones."
-    def snapped(z): return (how(self.logits(z)).softmax(-1)@self.vectors(self.rows)).to(z.dtype)
+    def snapped(z):
+        p = how(self.logits(z)).softmax(-1)
+        return (p@self.vectors(self.rows.to(p))).to(z.dtype)
     return snapped
 
 @patch
