@@ -56,6 +56,7 @@ def low_rank(
 # %% ../../nbs/41_peft.lora.ipynb #bf61155f
 class LoRA(nn.Module):
     "A change of low rank to a layer's weight."
+    touches = 'weight', # what merging changes
     def __init__(self,
         layer:nn.Module,         # linear, convolution or embedding
         rank:int,                # of the change
@@ -77,8 +78,7 @@ class LoRA(nn.Module):
         if rule: self.clock = None # set when it is put on
         self.A,self.B = (nn.Parameter(torch.zeros(*o, **like(layer))) for o in ((rank, w.shape[1]), (w.shape[0], rank)))
         nn.init.normal_(self.B) if table else nn.init.kaiming_uniform_(self.A, a=5**.5)
-        for n,o in (('A0', self.A), ('B0', self.B)):
-            if centred: self.register_buffer(n, o.detach().clone())
+        for n in 'AB'*centred: self.register_buffer(f'{n}0', getattr(self, n).detach().clone())
         self.drop,self.centred = nn.Dropout(dropout) if dropout else None,centred
         self.m = nn.Parameter(self.length(layer)) if lengths else None
     def factors(self)->tuple[Tensor,Tensor]:
@@ -107,7 +107,7 @@ def low_change(
     layer:nn.Module, # behind which it is
 )->Tensor: # `(outputs, inputs)`
     "What a part adds to the matrix of its layer. ValueError if it depends on the time."
-    if part.rule: raise ValueError('what depends on the time is no change of weights: it cannot be merged or mixed')
+    if part.rule: raise ValueError('what depends on the time cannot be merged')
     A,B = part.factors()
     if part.m is None: return part.scale*(B@A)
     W = matrix(layer).to(A.dtype)
@@ -128,11 +128,11 @@ def mixed(self:LoRA,
     weights:list,    # how much each counts
     layer:nn.Module, # the layer
 )->nn.Module:
-    "Their weighted sum, exactly: ranks add up, at most to that of the layer."
-    if any(p.m is not None or p.rule for p in parts): return closest(None)(parts, weights, layer)
-    A,B = zip(*(p.factors() for p in parts))
-    if sum(map(len, A))>min(matrix(layer).shape): return closest(None)(parts, weights, layer)
-    new = lora_part(layer, sum(map(len, A)), 1.)
+    "Their weighted sum, exactly: ranks add up, at most to that of the layer. ValueError where one depends on the time."
+    if any(p.rule for p in parts): raise ValueError('what depends on the time cannot be mixed')
+    (A,B),most = zip(*(p.factors() for p in parts)),min(matrix(layer).shape)
+    if (n := sum(map(len, A)))>most or any(p.m is not None for p in parts): return closest(None)(parts, weights, layer)
+    new = lora_part(layer, n, 1.)
     new.A.data,new.B.data = torch.cat(A),torch.cat([w*p.scale*b for w,p,b in zip(weights, parts, B)], 1)
     return new
 
