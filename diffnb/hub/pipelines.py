@@ -6,6 +6,7 @@
 __all__ = ['SD', 'XL', 'FLUX', 'TASKS', 'FAMILIES', 'LEFT', 'Family', 'check_index', 'load_pipeline']
 
 # %% ../../nbs/49_hub.pipelines.ipynb #c6f24ac9
+import json
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -19,7 +20,7 @@ from .layouts import only
 from .schedulers import sampling
 from ..models.controlnet import ControlNet
 from ..pipelines import Pipeline, around, around_fine, guidance_told, no_facts, sizes_told
-from ..store import load_json
+from ..store import Damaged, load_json
 
 # %% ../../nbs/49_hub.pipelines.ipynb #7df4e198
 class Family(NamedTuple):
@@ -82,6 +83,12 @@ def check_index(
     return index,f
 
 # %% ../../nbs/49_hub.pipelines.ipynb #21125c04
+def _scheduler(path):
+    "Its configuration, which may hold an infinity. `Damaged` if it is not JSON."
+    if not path.is_file(): raise FileNotFoundError(f'{path} is not there')
+    try: return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as e: raise Damaged(f'{path}: {e}') from None
+
 def load_pipeline(
     path:str|PathLike,                  # folder of a pipeline, with its model_index.json
     control:str|PathLike|None=None,     # folder of a ControlNet; None: the pipeline's own, if it has one
@@ -91,7 +98,7 @@ def load_pipeline(
     "Open a pipeline of diffusers. ValueError or FileNotFoundError, in one line, for what is not known or not there."
     path = Path(path)
     index,family = check_index(path)
-    config = load_json(path/'scheduler'/'scheduler_config.json')
+    config = _scheduler(path/'scheduler'/'scheduler_config.json')
     s = sampling({**config, 'clip_sample': False})
     kw = dict(dtype=dtype, device=device)
     def texts(i, reads, **more):
