@@ -92,3 +92,15 @@ def test_refused():
         with pytest.raises(ValueError, match='power of two'): distill(tiny(), student, DATA, 1, n=n, until=until)
     with pytest.raises(ValueError, match='even'): Distillation(student(tiny()), tiny(), uniform()(PROCESSES['flow'], 3))
     with pytest.raises(ValueError, match='2 times are listed'): listed([1., .5])(PROCESSES['flow'], 3)
+
+def test_with_a_learned_weighting():
+    "The weighting stays as it is: the network alone is trained, and the next teacher is a network."
+    from diffnb.train.task import adam
+    from diffnb.weights import learned
+    p = Gaussian('straight', 'flow', learned(dim=16))
+    task = lambda net: DiffusionTask(net, p, optimiser=adam())
+    teacher = tiny()
+    net, g = distill(teacher, task, DATA, 2, n=4, until=1, bar=False, averages=dict(ema=halflife(50)))
+    assert len(g.t)==2 and net.state_dict().keys()==teacher.state_dict().keys()
+    assert any(not torch.equal(v, net.state_dict()[k]) for k,v in teacher.state_dict().items())
+    assert not p.weight.out.weight.any()

@@ -570,3 +570,30 @@ def test_any_remasking(a, b, share):
     if lo<1:
         reveal = (hi-(1-sigma)*lo)/(1-lo)
         assert -1e-9<=reveal<=1+1e-9 and 0<=sigma<=1
+
+# --- what is asked of the network ---
+class Counted(Denoiser):
+    "A network that adds up the rows for which its head was run."
+    def __init__(self): super().__init__(); self.rows = 0
+    def features(self, x, net_t, **cond): return Feats(torch.linspace(0, 1, 7, dtype=torch.float64)+(x[...,None]==7)*.3+x[...,None]/9)
+    def head(self, feats):
+        self.rows += feats.h[...,0].numel()
+        return feats.h.cos()
+
+@pytest.mark.parametrize('alg_temp', [0., .5])
+def test_a_random_order_asks_only_where_a_token_is_placed(alg_temp):
+    "All 36 tokens, one row of the head each; a rank that looks at the network asks at all that is hidden."
+    net, p = Counted(), Masked('straight', 7, 7)
+    *_, x = sample(net, p, (3, 12), steps=5, step=confident(random_rank, alg_temp=alg_temp), rng=Rng(3))
+    assert net.rows==36 and (x!=7).all()
+    other = Counted()
+    for _ in sample(other, p, (3, 12), steps=5, step=confident(top_prob), rng=Rng(3)): pass
+    assert other.rows==3*(12+9+6+4+2)
+
+@pytest.mark.parametrize('alg_temp', [0., .5])
+def test_a_random_order_is_the_rank_by_a_random_number(alg_temp):
+    "The same tokens as the same rank in a function of another name, which is asked for at all hidden positions."
+    p, net = Masked('cosine', 7, 7), Counted()
+    def any_rank(logp, x0, u): return random_rank(logp, x0, u)
+    a, b = (list(sample(net, p, (3, 12), steps=5, step=confident(r, alg_temp=alg_temp), rng=Rng(4))) for r in (random_rank, any_rank))
+    assert all(torch.equal(x, y) for x,y in zip(a, b))

@@ -151,10 +151,13 @@ def confident(
         hidden = (x==process.mask_id) & active(x, state)
         k = share(hidden.sum(1), process, grid, i)
         if not k.any(): return x
-        hidden = hidden & (k>0)[:,None]
-        x0,score = place(process, call, x, hidden, grid.t[i:i+1], rng, narrow, rank, grid.net_t[i:i+1])
+        now, t, net_t = hidden & (k>0)[:,None], grid.t[i:i+1], grid.net_t[i:i+1]
+        if rank is random_rank: score = torch.where(now, rng.at('rank').uniform(*x.shape, device=x.device), -torch.inf)
+        else: x0,score = place(process, call, x, now, t, rng, narrow, rank, net_t)
         if alg_temp: score = score/alg_temp-(-rng.at('order').uniform(*x.shape, device=x.device).log()).log()
-        return torch.where(hidden & highest(score, k), x0, x)
+        now = now & highest(score, k)
+        if rank is random_rank: x0,_ = place(process, call, x, now, t, rng, narrow, None, net_t) # no others are asked
+        return torch.where(now, x0, x)
     return step
 
 # %% ../../nbs/17_samplers.masked.ipynb #0dc3da4d

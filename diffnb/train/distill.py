@@ -59,7 +59,8 @@ class Distillation:
     def __post_init__(self):
         if len(self.grid.t)%2==0: raise ValueError(f'{len(self.grid.t)-1} steps cannot be halved: take an even number')
         self.teacher.eval()
-        self.net, self.denoiser, self.process = self.task.net, self.task.denoiser, self.task.process
+        self.net = self.denoiser = self.task.denoiser # nothing else is trained
+        self.process = self.task.process
         self.codec, self.optimiser, self.lr = self.task.codec, self.task.optimiser, self.task.lr
 
 @patch
