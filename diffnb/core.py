@@ -100,10 +100,11 @@ def _given(f, args, kw):
 # %% ../nbs/00_core.ipynb #811845a3
 @functools.cache
 def _import_all():
-    "Import every module of diffnb, so that its presets are known."
+    "Import every module of diffnb, so that its presets are known; their tables are real, whatever the caller builds."
     pkg = importlib.import_module('diffnb')
-    for m in pkgutil.walk_packages(pkg.__path__, 'diffnb.'):
-        if m.name.split('.')[-1] not in ('_modidx', 'cli', '__main__'): importlib.import_module(m.name)
+    with torch.device('cpu'):
+        for m in pkgutil.walk_packages(pkg.__path__, 'diffnb.'):
+            if m.name.split('.')[-1] not in ('_modidx', 'cli', '__main__'): importlib.import_module(m.name)
 
 def presets(
     kind:str|None=None, # one kind; None gives all

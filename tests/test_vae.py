@@ -1,9 +1,10 @@
 "The VAE against its equations: blocks, summed kernels, tiles, moments, precision, memory."
-import math
+import math, os, subprocess, sys
 import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from diffnb.bench.flux import Alive
 from diffnb.codec.core import Pixels
 from diffnb.codec.vae import VAE, Down, Look, ResBlock, Up, blends, kl, smear, spans, tiled, vae_tiny
 from diffnb.core import create
@@ -249,3 +250,53 @@ def test_published_counts():
     with torch.device('meta'):
         got = {k: sum(p.numel() for p in create(k, kind='codec').parameters()) for k in ('sd_vae', 'sdxl_vae', 'flux_vae')}
     assert got==dict(sd_vae=83_653_863, sdxl_vae=83_653_863, flux_vae=83_819_683)
+
+# --- memory
+def peak(name, side, tile, at_once=0, b=1):
+    "Bytes of all tensors that are alive at once while a batch is decoded, at most: counted without the bytes."
+    with torch.device('meta'), torch.no_grad():
+        v = create(name, kind='codec')
+        v.tile, v.overlap, v.at_once = tile, tile//4, at_once
+        z = torch.empty(b, v.z, side, side)
+        with Alive() as alive: v.images(z)
+    return alive.peak
+
+@pytest.mark.parametrize('name', ['sd_vae', 'sdxl_vae', 'flux_vae'])
+def test_tiles_take_a_third_of_the_memory(name):
+    "At 1024x1024, tiles of at most 64 latents."
+    assert peak(name, 128, 64)<peak(name, 128, 0)/3
+
+def test_memory_of_tiles_does_not_grow_with_the_picture():
+    "But for the picture itself; and one sample at a time takes less than all."
+    whole, picture = peak('vae_tiny', 64, 0), 3*16*4*64**2 # bytes
+    small, large = peak('vae_tiny', 64, 16), peak('vae_tiny', 128, 16)
+    assert small<whole/3 and 3*picture<=large-small<8*picture
+    assert peak('vae_tiny', 64, 0, b=4)>3.5*whole and peak('vae_tiny', 64, 0, 1, b=4)<whole+4*picture+1e5
+
+def test_bytes_are_counted():
+    with Alive() as m:
+        a = torch.zeros(1000)
+        b = a+1
+        del a
+        c = b.view(10, 100).mul_(2) # in place: no new memory
+        d = c+1
+    assert m.trace==[0, 4000, 8000, 8000] and m.now==8000 and d.shape==c.shape
+
+GROWN = '''
+import resource, sys, torch
+from diffnb.core import create
+torch.set_num_threads(1)
+def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+v = create('sd_vae', kind='codec')
+with torch.inference_mode():
+    v.images(torch.zeros(1, v.z, 2, 2)) # what loads at the first use is not the picture's
+    before, v.tile = most(), int(sys.argv[1])
+    v.images(torch.zeros(1, v.z, 128, 128))
+print(most()-before)
+'''
+@pytest.mark.slow
+def test_tiles_in_a_real_process():
+    "At 1024x1024 the most memory that a process ever has grows by a third, what the library of convolutions borrows included."
+    env = {**os.environ, 'DIFFNB_TYPECHECK': '0'}
+    def grown(tile): return int(subprocess.run([sys.executable, '-c', GROWN, str(tile)], check=True, capture_output=True, text=True, env=env).stdout)
+    assert 2**20<grown(64)<grown(0)/3
