@@ -98,3 +98,16 @@ def test_samples_of_an_average(stopped):
     cond = dict(y=torch.zeros(2, dtype=torch.long))
     *_, want = sample(load_denoiser(folder), run.task.process, (2, 4, 8, 8), steps=3, rng=Rng(0, 'samples'), cond=cond)
     assert torch.equal(draw_samples(run.task, run.emas['ema'], (2, 4, 8, 8), steps=3, cond=cond), want)
+
+def test_a_recipe_can_ask_for_it():
+    "`process: {weight: {name: learned, ...}}`, checked and built; its parameters reach the optimiser."
+    from diffnb.recipes import build, check, read
+    tree = read('emoji')
+    tree['process'] = {**tree['process'], 'weight': {'name': 'learned', 'base': 'min_snr', 'dim': 8}}
+    t = build(check(tree, ['--train.device=cpu'])).task
+    assert sorted(t.net)==['denoiser', 'weight'] and t.process.weight.out.weight.shape==(1, 8)
+    assert any(p is t.process.weight.out.weight for g in t.optimiser(t.net).param_groups for p in g['params'])
+    plain = build(check(read('emoji'), ['--train.device=cpu'])).task
+    assert plain.net is plain.denoiser
+    tree['process']['weight'] = {'name': 'learned', 'base': 'min_snir'}
+    with pytest.raises(ValueError, match='min_snir.*min_snr'): check(tree)
