@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['warm', 'fall', 'constant', 'linear', 'cosine', 'inverse_root', 'decay_groups', 'adamw', 'adam', 'DiffusionTask',
-           'hide', 'pick', 'pieces', 'to', 'seeded', 'held_out_loss']
+           'by_sample', 'by_batch', 'hide', 'pick', 'pieces', 'to', 'seeded', 'held_out_loss']
 
 # %% ../../nbs/52_train.task.ipynb #83da4e0c
 import math
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core import Loss, expand, mean_loss, preset
 from ..guidance import bind
 from ..rng import Rng
+from ..survival import text_sums
 from ..weights import uniform_times
 
 # %% ../../nbs/52_train.task.ipynb #6d660e63
@@ -119,6 +120,7 @@ class DiffusionTask:
     drop:float|int=0.                    # share of samples that go without their conditions, for guidance
     optimiser:Callable=adamw()       # network -> optimiser
     lr:Callable=constant()           # images seen -> learning rate
+    count:Callable|None=None         # `Loss -> Loss`: what a mean is over, see `by_sample`; None: all elements alike
     def __post_init__(self):
         if not 0<=self.drop<=1: raise ValueError(f'drop is a probability, not {self.drop}')
 
@@ -130,6 +132,20 @@ def net(self:DiffusionTask)->nn.Module:
     return nn.ModuleDict(dict(denoiser=self.denoiser, **more)) if more else self.denoiser
 
 # %% ../../nbs/52_train.task.ipynb #a2d6c323
+def by_sample(
+    loss:Loss, # per element
+)->Loss: # `(b,1)`
+    "Each sample counts once, by its mean; one of which nothing counts is left out."
+    total, n = text_sums(loss)
+    return Loss((total/n.clamp(min=1))[:,None], (n>0)[:,None], loss.t)
+
+def by_batch(
+    loss:Loss, # per element
+)->Loss: # `(b,1)`
+    "Each sample counts by its sum: nats per text, over the size of the batch."
+    return Loss(text_sums(loss)[0][:,None], None, loss.t)
+
+# %% ../../nbs/52_train.task.ipynb #22ec8900
 @patch
 def draw(self:DiffusionTask,
     batch:dict, # a batch with `idx`
@@ -164,6 +180,7 @@ def loss(self:DiffusionTask,
     call = hide(self.denoiser, drop, cond, keep, mask) if hidden else bind(self.denoiser, cond, keep, mask)
     t, rng = batch['t'].to(z.device), rng.of(batch['idx']).at('noise')
     loss = self.process.loss(call, z, t, keep=keep, mask=mask, rng=rng)
+    if self.count is not None: loss = self.count(loss)
     own = None if self.codec is None or 'x' not in batch else self.codec.loss(batch['x'], z)
     return loss if own is None else loss._replace(value=loss.value+expand(own, loss.value))
 
