@@ -8,7 +8,7 @@ __all__ = ['READERS', 'SPLITS', 'TASKS', 'sst2', 'qnli', 'mrpc', 'ag_news', 'squ
            'hub_records', 'TextTask', 'field', 'class_of', 'turned', 'texts_of', 'load_task', 'news', 'pairs', 'known']
 
 # %% ../../nbs/73_data.tasks.ipynb #3420d7de
-import csv, functools, gzip, io, itertools, json, string
+import csv, functools, gzip, io, itertools, json, string, zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ def content(
     except UnicodeDecodeError as e:
         line = data[:e.start].count(b'\n')+1
         raise ValueError(f'{path}, line {line}: not UTF-8: save it in that encoding') from None
-    except (OSError, EOFError) as e: raise ValueError(f'{path} cannot be unpacked ({e}): fetch it again') from None
+    except (OSError, EOFError, zlib.error) as e:
+        raise ValueError(f'{path} cannot be unpacked ({e}): fetch it again') from None
 
 def from_jsonl(
     path:Path,              # of the file
@@ -119,7 +120,7 @@ def from_text(
     "The paragraphs of plain text: what stands between blank lines."
     line = 1
     for o in content(path).replace('\r\n', '\n').split('\n\n'):
-        if o.strip(): yield f'{path}, line {line+len(o)-len(o.lstrip())}', dict(text=o.strip())
+        if o.strip(): yield f'{path}, line {line+o[:len(o)-len(o.lstrip())].count(chr(10))}', dict(text=o.strip())
         line += o.count('\n')+2
 
 READERS = {'.jsonl': from_jsonl, '.json': from_json, '.csv': table, '.parquet': from_parquet, '.txt': from_text,
@@ -205,7 +206,7 @@ def class_of(
 # %% ../../nbs/73_data.tasks.ipynb #af18450f
 def turned(
     task:TextTask,         # how
-    row:Mapping,           # a record
+    row,                   # a record: a mapping, if all is well
     shorten:Mapping={},    # field -> words to keep of it
 )->tuple[str,str,list[str],int]: # prompt, response, all right answers, class
     "A record as prompt and response. ValueError says what is wrong with it."

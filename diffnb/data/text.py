@@ -193,8 +193,8 @@ def save(self:Tokenizer,
     Path(path).mkdir(parents=True, exist_ok=True)
     with write_file(Path(path)/'tokenizer.json') as temp: self.core.save(str(temp))
     roles = dict(pad_token=self.pad, cls_token=self.start, sep_token=self.end, mask_token=self.mask)
-    names = {k: self.core.id_to_token(i) for k,i in roles.items() if i is not None}
-    save_json(Path(path)/'special_tokens_map.json', {k: v for k,v in names.items() if v is not None})
+    names = {k: w for k,i in roles.items() if i is not None and (w := self.core.id_to_token(i)) is not None}
+    save_json(Path(path)/'tokenizer_config.json', dict(tokenizer_class='PreTrainedTokenizerFast', **names))
 
 # %% ../../nbs/51_data.text.ipynb #dcd78f6b
 def word_pieces(
