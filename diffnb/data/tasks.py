@@ -44,6 +44,7 @@ def from_jsonl(
         try: yield name, json.loads(line)
         except json.JSONDecodeError as e: yield name, ValueError(f'{name}: not JSON ({e.msg}): mend it')
 
+# %% ../../nbs/73_data.tasks.ipynb #4dcf05d3
 def from_json(
     path:Path,              # of the file
     header:Sequence[str]=(), # not needed: fields have names

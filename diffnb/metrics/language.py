@@ -213,7 +213,7 @@ def cells(
 # %% ../../nbs/76_metrics.language.ipynb #7509b029
 def mauve(
     samples:Float[Tensor,'n d'],   # features of what was written
-    reference:Float[Tensor,'m d'], # features of real text, by the same network
+    reference:Float[Tensor,'m e'], # features of real text, by the same network
     by:str,                        # name and version of that network
     k:int|None=None,               # cells; None: a tenth of the smaller set, two at least
     share:float=.9,                # of the variance that is kept
