@@ -256,21 +256,24 @@ def test_every_times(name, n):
     assert ((snapped*1000).round()>=1).all() and (snapped<=1).all()
     with pytest.raises(ValueError, match='bound'): f(rng, n+1)
 
-@pytest.mark.parametrize('name', sorted(set(made('times'))-{'stratified'}))
+@pytest.mark.parametrize('name', sorted(set(made('times'))-{'stratified', 'jittered'})) # theirs are strata of the whole batch
 def test_a_time_does_not_depend_on_the_batch(name):
     f, rng = create(name, kind='times'), Rng(5)
     assert torch.equal(f(rng.of([7, 3, 90]), 3)[1:], f(rng.of([3, 90]), 2))
 
+@pytest.mark.parametrize('law', ['stratified', 'jittered'])
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 300), seed=st.integers(0, 1000), data=st.data())
-def test_one_time_in_each_stratum(n, seed, data):
+def test_one_time_in_each_stratum(law, n, seed, data):
     idx = data.draw(st.lists(st.integers(0, 2**40), min_size=n, max_size=n, unique=True))
     rng = Rng(seed, step=seed)
-    t = stratified()(rng.of(idx), n)
+    f = create(law, kind='times')
+    t = f(rng.of(idx), n)
     assert sorted((t*n).floor().long().tolist())==list(range(n))
-    assert ((t*n)%1-(t[0]*n)%1).abs().max()<1e-9 # one offset for all
+    off = (t*n)%1
+    assert (off-off[0]).abs().max()<1e-9 if law=='stratified' else len(off.unique())==n # one offset for all, or one each
     order = data.draw(st.permutations(range(n)))
-    assert torch.equal(stratified()(rng.of([idx[i] for i in order]), n), t[list(order)])
+    assert torch.equal(f(rng.of([idx[i] for i in order]), n), t[list(order)])
 
 def test_extremes_stay_inside():
     rng = Rng(0)
