@@ -314,8 +314,9 @@ def bound(self:Gaussian,
     d, (cx,cy) = slope*share, self.coef(self.pred.x0, t, x0)
     err = (mix(cx, x_t, cy, raw)-x0).float()
     step = (d-1+(-d).exp()+(fit(c0, err)*err)**2*(-d-bottom).exp())/2
-    last = nll_of(err, share*top+(1-share)*bottom, x0.float(), self.learned.levels)
-    return torch.where((ratio>0).to(x0.device), step, last)/math.log(2)
+    more = (ratio>0).to(x0.device) # a step; elsewhere the last one, whose slopes are infinite where it is not meant
+    last = nll_of(torch.where(more, 0., err), share*top+(1-share)*bottom, x0.float(), self.learned.levels)
+    return torch.where(more, step, last)/math.log(2)
 
 def nll_of(
     err:Tensor,      # mean less data
