@@ -2,12 +2,14 @@
 import copy, re
 import pytest, torch
 from torch import nn
-from diffnb.core import create, presets
+from diffnb import core
+from diffnb.core import presets
 from diffnb.peft.core import (Between, coverage, find, fuse, hits, inject, inner, merge, names, probe, recipe, remove, shared, slots,
                               switch, unmerge)
 from diffnb.peft.lora import INNER, lora, lora_part, timed_lora
 
 TINY = [n for n in presets('denoiser') if n.endswith('_tiny')]
+def create(name, **kw): torch.manual_seed(0); return core.create(name, **kw) # the same network every time
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def diff(a, b): return (a-b).abs().max().item()
 def randomise(net, seed=0, std=.1):

@@ -1,0 +1,308 @@
+"LoRA and its variants: parity with peft both ways, its equations, its files, and one clear error for each mistake."
+import json, random
+import pytest, torch
+from torch import nn
+from safetensors.torch import load_file, save_file
+from diffnb import core
+from diffnb.core import presets
+from diffnb.peft.core import coverage, merge, probe, slots, switch, unmerge
+from diffnb.peft.files import combine, load_adapter, save_adapter, swap, tensors
+from diffnb.peft.formats import load_diffusers, load_kohya, load_peft, save_diffusers, save_kohya, save_peft
+from diffnb.peft.lora import (by_block, closest, diffit_lora, dora, falling, lora, lora_part, low_ranks, phases, pissa, principal, begun, rslora,
+                              timed_lora)
+
+TINY = [n for n in presets('denoiser') if n.endswith('_tiny')]
+def create(name, **kw): torch.manual_seed(0); return core.create(name, **kw) # the same network every time
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+def diff(a, b): return (a-b).abs().max().item()
+def randomise(net, seed=0, std=.1):
+    g = gen(seed)
+    for k,p in net.named_parameters():
+        if 'adapters' not in k.split('.'): p.data = p.data+std*torch.randn(p.shape, generator=g).to(p)
+    return net.eval()
+def wake(net, name='default', seed=1, std=.1):
+    g = gen(seed)
+    for _,_,s in slots(net):
+        if name in s:
+            for p in s[name].parameters(): p.data = p.data+std*torch.randn(p.shape, generator=g).to(p)
+    return net
+@torch.no_grad()
+def run(net, b=2):
+    x,t,cond = net.demo(b)
+    return net(x, t, **cond)
+
+# --- the start
+@pytest.mark.parametrize('method', [lora, rslora, dora, diffit_lora, lambda: timed_lora(rank=8, rule=dict(ranks=[2, 4, 8])), pissa], ids=range(6))
+@pytest.mark.parametrize('name', TINY)
+def test_identity_at_the_start(name, method):
+    "To the bit; PiSSA, which starts with a difference of two equal products, to 1e-6 of the output's size."
+    if method is diffit_lora and 'diffit' not in name: name = 'diffit_tiny' # a table of its stages, for all its layers
+    base = randomise(create(name))
+    want = run(base)
+    net = method()(base)
+    if name=='dit_moe_tiny' and any(k=='' for k,_,_ in slots(net)): # experts see tokens of all samples: leave them out
+        with pytest.raises(ValueError, match='2 times, and a layer works on'): run(net)
+        return
+    got = run(net)
+    assert diff(got, want)<=1e-6*want.abs().max().item()*3 if method is pissa else torch.equal(got, want)
+
+# --- equations
+@pytest.mark.parametrize('make,s', [(lora, 2.), (rslora, 8.)])
+def test_scales(make, s):
+    "r = 16, alpha = 32."
+    net = make('blocks.0.attn.qkv', rank=16, alpha=32)(create('dit_tiny'))
+    assert [p['default'].scale for _,_,p in slots(net)]==[s]
+
+LAYERS = [(nn.Linear(9, 7), (2, 3, 9)), (nn.Linear(9, 7, bias=False), (5, 9)), (nn.Conv2d(6, 8, 3, 2, 1, dilation=2), (2, 6, 9, 9)),
+          (nn.Conv1d(6, 8, 3, padding=1), (2, 6, 9)), (nn.Conv1d(6, 6, 4, groups=6), (2, 6, 9)), (nn.Conv2d(4, 4, 3, padding=1, padding_mode='circular'), (2, 4, 6, 6))]
+@pytest.mark.parametrize('i', range(len(LAYERS)))
+@pytest.mark.parametrize('lengths', [False, True])
+def test_forward_is_the_changed_layer(i, lengths):
+    layer,shape = LAYERS[i]
+    layer = nn.Module.double(layer)
+    part = wake_part(lora_part(layer, 3, .7, lengths=lengths))
+    x = torch.randn(shape, generator=gen(), dtype=torch.float64)
+    with torch.no_grad():
+        y = layer(x)
+        got = part(y.clone(), .5, layer, y, (x,), {})
+        old = layer.weight.clone()
+        layer.weight += .5*part.change(layer)['weight']
+        assert diff(got, layer(x))<1e-12
+        layer.weight.copy_(old)
+def wake_part(part):
+    for p in part.parameters(): p.data = p.data+torch.randn(p.shape, generator=gen(3), dtype=p.dtype)*.3
+    return part
+
+def test_embedding():
+    layer = nn.Embedding(11, 6)
+    part = lora_part(layer, 2, .5)
+    x = torch.arange(10).view(2, 5)
+    y = layer(x).detach()
+    assert torch.equal(part(y.clone(), 1., layer, y, (x,), {}), y) and part.B.abs().sum()>0
+    wake_part(part)
+    assert diff(part(y.clone(), 1., layer, y, (x,), {}), (layer.weight+part.change(layer)['weight'])[x])<1e-6
+
+def test_gradients():
+    "Of both factors and the lengths, against differences."
+    layer = nn.Linear(4, 3).double()
+    x = torch.randn(2, 4, generator=gen(), dtype=torch.float64)
+    y = layer(x).detach()
+    part = wake_part(lora_part(layer, 2, .7))
+    def f(A, B): return torch.func.functional_call(part, dict(A=A, B=B), (y.clone(), 1., layer, y, (x,), {}))
+    assert torch.autograd.gradcheck(f, (part.A, part.B))
+
+def test_dora_and_pissa():
+    layer = nn.Linear(40, 30)
+    part = wake_part(lora_part(layer, 4, 2., lengths=True))
+    assert diff((layer.weight+part.change(layer)['weight']).norm(dim=1), part.m.abs())<2e-6*part.m.abs().max().item()*3
+    part = begun(lora_part(layer, 4, 2., centred=True), layer, principal(4, 2.))
+    S = torch.linalg.svdvals(layer.weight)
+    assert abs((layer.weight-2*part.B@part.A).norm()-S[4:].norm())<1e-5 and part.change(layer)['weight'].abs().max()<1e-6
+
+def test_dropout_is_off_in_evaluation():
+    net = wake(lora(rank=2, dropout=.5)(randomise(create('dit_tiny')))).eval()
+    assert torch.equal(run(net), run(net))
+    net.train(); torch.manual_seed(0)
+    assert not torch.equal(run(net), run(net))
+
+# --- tables and rules
+def test_by_block():
+    net = lora(nn.Linear, rank={'blocks.1.attn': 2, 'blocks.*': 4})(create('dit_tiny'))
+    got = {k: s['default'].rank for k,_,s in slots(net)}
+    assert got['blocks.1.attn.qkv']==2 and got['blocks.0.attn.qkv']==4 and 'out' not in got
+    with pytest.raises(ValueError, match="'enc.9' in by_block fits none"): lora(rank=by_block({'enc.9': 2}, 4))(create('dit_tiny'))
+
+def test_diffit_table():
+    net = create('diffit_cifar10', blocks=(1, 1, 1), vec=0)
+    net = diffit_lora()(net)
+    rank = {k: s['default'].rank for k,_,s in slots(net)}
+    for k,r in {'enc.0.0.block.attn.attn.qkv': 16, 'enc.1.0.block.mlp.0': 12, 'enc.2.0.block.mlp.2': 8, 'dec.0.0.block.attn.attn.proj': 12,
+                'dec.1.0.block.attn.attn.proj': 10, 'time.mlp.0': 4, 'stem': 6, 'down.0': 4, 'out.2': 1}.items(): assert rank[k]==r, k
+    assert all(s['default'].scale==pytest.approx(1/s['default'].rank) for _,_,s in slots(net)) and probe(net)==len(rank)
+
+def test_phases():
+    r,s = phases()(torch.arange(100, dtype=torch.float64)/100)
+    assert [(r==o).sum().item() for o in (8, 32, 64)]==[34, 33, 33] and r[[33, 34, 66, 67]].tolist()==[8, 32, 32, 64]
+    assert s[[0, 50, 99]].tolist()==[.25, .5, 1.]
+    T,most,least,a = 50, 20, 3, 1.5 # T-LoRA's formula
+    want = [int(((T-t)/T)**a*(most-least))+least for t in range(T)]
+    assert falling(most, least, a)(torch.arange(T, dtype=torch.float64)/T)[0].tolist()==want
+    with pytest.raises(ValueError, match='do not fit'): phases(ranks=(1, 2))
+
+def test_timed_lora_is_lora_of_that_rank():
+    "At each noise level it is plain LoRA with the first directions and that scale."
+    net = wake(timed_lora(rank=6, rule=dict(ranks=[2, 4, 6]), steps=1000.)(randomise(create('dit_tiny', scale=1.))))
+    x,_,cond = net.demo()
+    parts = [s['default'] for k,_,s in slots(net) if k]
+    for t,r,s in ((100, 2, .25), (500, 4, .5), (900, 6, 1.)):
+        got = net(x, torch.tensor([float(t)]), **cond).detach()
+        plain = wake(lora(rank=6)(randomise(create('dit_tiny', scale=1.))))
+        for (_,_,q),p in zip(slots(plain), parts, strict=True):
+            q['default'].A.data,q['default'].B.data = p.A.data,p.B.data.clone()
+            q['default'].B.data[:,r:] = 0
+            q['default'].scale = s
+        assert diff(plain(x, torch.tensor([float(t)]), **cond), got)<2e-5
+
+# --- peft
+def model_of_peft(net, config):
+    import peft
+    return peft.get_peft_model(net, peft.LoraConfig(**config)).eval()
+def random_config(seed):
+    rnd = random.Random(seed)
+    some = rnd.sample(['blocks.0.attn.qkv', 'blocks.1.attn.proj', 'blocks.0.mlp.2', 'stem', 'out', 'blocks.1.ada.1', 'time.mlp.2'], rnd.randint(2, 5))
+    r = rnd.randint(1, 6)
+    return dict(target_modules=some, r=r, lora_alpha=rnd.choice([1, 8, 12]), use_rslora=rnd.random()<.5, use_dora=seed%3==0,
+                rank_pattern={some[0]: rnd.randint(1, 8)}, alpha_pattern={some[-1]: rnd.choice([2, 5])})
+def label(c): return f"{'dora' if c['use_dora'] else 'rs' if c['use_rslora'] else 'lora'}"
+
+@pytest.mark.parametrize('seed', range(8))
+def test_peft_both_ways(seed, tmp_path):
+    "Random targets, ranks, rank and alpha patterns, rsLoRA, DoRA: theirs in ours, and ours in theirs, the same outputs (1e-5 of values around 1)."
+    import peft
+    config = random_config(seed)
+    theirs = model_of_peft(randomise(create('dit_tiny')), config)
+    g = gen(seed)
+    for k,p in theirs.named_parameters():
+        if 'lora' in k: p.data = p.data+.1*torch.randn(p.shape, generator=g)
+    base = randomise(create('dit_tiny'))
+    x,t,cond = base.demo()
+    with torch.no_grad(): want = theirs(x, t, **cond)
+    assert diff(want, run(base))>1e-4
+    theirs.save_pretrained(tmp_path/'theirs')
+    net = load_peft(base, tmp_path/'theirs')
+    tol = 1e-5*max(1., want.abs().max().item())
+    assert diff(run(net), want)<tol and coverage(net, 'default').adapted.keys()==set(config['target_modules'])
+    save_peft(net, tmp_path/'ours')
+    again = peft.PeftModel.from_pretrained(randomise(create('dit_tiny')), tmp_path/'ours').eval()
+    with torch.no_grad(): assert diff(again(x, t, **cond), want)<tol
+
+def test_peft_embeddings(tmp_path):
+    import peft
+    theirs = model_of_peft(randomise(create('dit_tiny')), dict(target_modules=['label.table'], r=3, lora_alpha=5))
+    for k,p in theirs.named_parameters():
+        if 'lora' in k: p.data = .3*torch.randn(p.shape, generator=gen())
+    theirs.save_pretrained(tmp_path/'a')
+    net = load_peft(randomise(create('dit_tiny')), tmp_path/'a')
+    x,t,cond = net.demo()
+    with torch.no_grad(): want = theirs(x, t, **cond)
+    assert diff(run(net), want)<1e-5
+    save_peft(net, tmp_path/'b')
+    again = peft.PeftModel.from_pretrained(randomise(create('dit_tiny')), tmp_path/'b').eval()
+    with torch.no_grad(): assert diff(again(x, t, **cond), want)<1e-5
+
+def test_pissa_is_written_as_lora_of_twice_the_rank(tmp_path):
+    net = wake(pissa(rank=2)(randomise(create('dit_tiny'))))
+    want = run(net)
+    save_peft(net, tmp_path/'a')
+    got = load_peft(randomise(create('dit_tiny')), tmp_path/'a')
+    assert diff(run(got), want)<1e-5 and {s['default'].rank for _,_,s in slots(got)}=={4}
+
+# --- kohya and diffusers
+def mixed(): return wake(lora(['qkv', 'mlp.2', 'stem'], rank={'qkv': 4, 'blocks.0.mlp.2': 7, 'blocks.1.mlp.2': 2, 'stem': 3}, alpha=5,
+                              skip='time')(randomise(create('dit_tiny'))))
+def test_kohya_keeps_alpha(tmp_path):
+    net = mixed()
+    save_kohya(net, tmp_path/'a.safetensors')
+    state = load_file(tmp_path/'a.safetensors')
+    assert state['lora_unet_blocks_0_mlp_2.alpha']==pytest.approx(5.) and state['lora_unet_stem.lora_up.weight'].shape==(64, 3, 1, 1)
+    got = load_kohya(randomise(create('dit_tiny')), tmp_path/'a.safetensors')
+    assert diff(run(got), run(net))<1e-6*max(1., run(net).abs().max().item())
+    assert {k: s['default'].scale for k,_,s in slots(got)}==pytest.approx({k: s['default'].scale for k,_,s in slots(net)})
+    save_file({k: v for k,v in state.items() if not k.endswith('alpha')}, tmp_path/'b.safetensors')
+    assert {s['default'].scale for _,_,s in slots(load_kohya(randomise(create('dit_tiny')), tmp_path/'b.safetensors'))}=={1.} # missing: the rank
+
+def test_diffusers_form(tmp_path):
+    net = mixed()
+    save_diffusers(net, tmp_path/'a.safetensors')
+    assert all(k.startswith('transformer.') for k in load_file(tmp_path/'a.safetensors'))
+    assert diff(run(load_diffusers(randomise(create('dit_tiny')), tmp_path/'a.safetensors')), run(net))<2e-6*max(1., run(net).abs().max().item())
+
+def test_names_of_stable_diffusion(tmp_path):
+    "An adapter with the names of diffusers' U-Net, through the layout."
+    net = wake(lora(['attn.q', 'cross.v', 'proj_in', 'conv1'], rank=2, alpha=3)(randomise(create('sd_unet_tiny'))))
+    save_kohya(net, tmp_path/'a.safetensors', layout='diffusers')
+    keys = load_file(tmp_path/'a.safetensors')
+    assert any('attn1_to_q' in k for k in keys) and any('attn2_to_v' in k for k in keys)
+    got = load_kohya(randomise(create('sd_unet_tiny')), tmp_path/'a.safetensors', layout='diffusers')
+    assert diff(run(got), run(net))<1e-5
+
+# --- our files
+@pytest.mark.parametrize('method', [lora, rslora, dora, pissa, lambda: timed_lora(rank=8, rule=dict(ranks=[2, 4, 8]))], ids=range(5))
+def test_files(method, tmp_path):
+    "The adapter alone, its numbers four bytes each; onto the same base to the bit."
+    net = wake(method()(randomise(create('dit_tiny'))))
+    save_adapter(net, tmp_path/'a')
+    names,size = load_file(tmp_path/'a'/'adapter.safetensors'),(tmp_path/'a'/'adapter.safetensors').stat().st_size
+    assert names.keys()==tensors(net, 'default').keys()
+    assert 0<size-4*sum(v.numel() for v in tensors(net, 'default').values())<8000
+    got = load_adapter(randomise(create('dit_tiny')), tmp_path/'a')
+    assert torch.equal(run(got), run(net)) and not any(p.requires_grad for p in got.parameters())
+
+def test_files_of_a_merged_network_have_the_base_of_the_unmerged(tmp_path):
+    net = wake(lora()(randomise(create('dit_tiny'))))
+    merge(net)
+    save_adapter(net, tmp_path/'a')
+    load_adapter(randomise(create('dit_tiny')), tmp_path/'a')
+
+def test_hot_swap(tmp_path):
+    net = wake(lora()(randomise(create('dit_tiny')), 'a'), 'a')
+    net = wake(lora()(net, 'b'), 'b', 5)
+    want = run(switch(net, 'b'))
+    save_adapter(net, tmp_path/'b', 'b')
+    where = {k: v.data_ptr() for k,v in tensors(net, 'a').items()}
+    load_adapter(net, tmp_path/'b', 'a')
+    assert torch.equal(run(switch(net, 'a')), want) and {k: v.data_ptr() for k,v in tensors(net, 'a').items()}==where
+
+# --- sums
+@pytest.mark.parametrize('method', [lora, pissa, dora], ids=lambda f: f.__name__)
+def test_combine(method):
+    "The sum of two is what both do together; of DoRA too, whose changes of weights are added."
+    net = randomise(create('dit_tiny'))
+    for i,n in enumerate('ab'): net = wake(method(rank=3)(net, n), n, i)
+    want = run(switch(net, {'a': .7, 'b': -.4}))
+    net = combine(net, {'a': .7, 'b': -.4}, 'both')
+    assert diff(run(net), want)<2e-5*max(1., want.abs().max().item())
+
+def test_closest():
+    layer,g = nn.Linear(12, 9),gen()
+    parts = [wake_part(lora_part(layer, 3, .5)) for _ in range(2)]
+    D = sum(w*p.change(layer)['weight'] for w,p in zip((1., 2.), parts))
+    for r in (1, 2, 4):
+        got = closest(r)(parts, [1., 2.], layer).change(layer)['weight']
+        assert abs((D-got).norm()-torch.linalg.svdvals(D)[r:].norm())<1e-5
+
+# --- mistakes
+def test_errors(tmp_path):
+    base = create('dit_tiny')
+    with pytest.raises(ValueError, match=r"did you mean 'qkv'"): lora(['qkw'])(base)
+    with pytest.raises(ValueError, match='rank 100 does not fit Linear'): lora('qkv', rank=100)(base)
+    with pytest.raises(ValueError, match='rank 0 does not fit'): lora('qkv', rank=0)(base)
+    with pytest.raises(ValueError, match='not for tables'): dora('label.table')(base)
+    net = wake(lora(rank=2)(base))
+    save_adapter(net, tmp_path/'a')
+    with pytest.raises(ValueError, match='adapter for another base'): load_adapter(randomise(create('dit_tiny')), tmp_path/'a')
+    with pytest.raises(ValueError, match='adapter for another base'): load_adapter(create('mlm_tiny'), tmp_path/'a')
+    load_adapter(randomise(create('dit_tiny')), tmp_path/'a', any_base=True)
+    with pytest.raises(ValueError, match='has no layer blocks.0'): load_adapter(create('mamba2_tiny'), tmp_path/'a', any_base=True)
+    save_peft(net, tmp_path/'p')
+    f = tmp_path/'p'/'adapter_model.safetensors'
+    state = load_file(f)
+    save_file({**state, 'model.embed.weight': torch.zeros(2)}, f)
+    with pytest.raises(ValueError, match='1 keys that are no LoRA.*model.embed.weight'): load_peft(create('dit_tiny'), tmp_path/'p')
+    save_file({k: v for k,v in state.items() if 'blocks.0.attn.qkv.lora_B' not in k}, f)
+    with pytest.raises(ValueError, match='only a half of blocks.0.attn.qkv'): load_peft(create('dit_tiny'), tmp_path/'p')
+    save_file({k: v[:,:5].contiguous() if v.ndim==2 else v for k,v in state.items()}, f)
+    with pytest.raises(ValueError, match='should be'): load_peft(create('dit_tiny'), tmp_path/'p')
+    c = json.loads((tmp_path/'p'/'adapter_config.json').read_text())
+    (tmp_path/'p'/'adapter_config.json').write_text(json.dumps({**c, 'peft_type': 'IA3'}))
+    with pytest.raises(ValueError, match='is IA3'): load_peft(create('dit_tiny'), tmp_path/'p')
+    with pytest.raises(ValueError, match='is foreign'): swap(net, 'default', {'foreign': torch.zeros(1)})
+    with pytest.raises(ValueError, match='a part that only we know'): save_kohya(timed_lora(rank=8, rule=dict(ranks=[2, 4, 8]))(create('dit_tiny')), f)
+
+def test_published_sizes_on_meta():
+    "Bytes of an adapter next to the network's, without memory for either."
+    with torch.device('meta'): net = lora(rank=16)(create('dit_xl_2'))
+    c = coverage(net, 'default')
+    d = 1152
+    assert c.numbers==28*16*((d+3*d)+(d+d)+2*(d+4*d)) and c.base==sum(p.numel() for k,p in net.named_parameters() if 'adapters' not in k)
+    assert c.numbers/c.base<.02
