@@ -189,7 +189,7 @@ def attends(
 )->bool:
     "Is this attention that a prefix can be given to?"
     def has(*names): return all(hasattr(layer, n) for n in names)
-    return has('heads', 'qkv', 'proj') or has('heads', 'q', 'out')
+    return isinstance(getattr(layer, 'heads', 0), int) and (has('heads', 'qkv', 'proj') or has('heads', 'q', 'out'))
 
 @preset('adapter')
 def prefix(
