@@ -75,7 +75,7 @@ class Labels(Conditioner):
         self.register_buffer('at', torch.arange(len(self.names)+1), persistent=False) # knows the device
     def wrong(self, o):
         if o in self.names or not isinstance(o, str) and o in range(len(self.names)): return ''
-        return f'no such class{nearest(o, self.names)}'
+        return f'no such class{nearest(str(o), self.names)}'
     def encode(self, said):
         return dict(y=self.at[[self.names.index(o) if isinstance(o, str) else o for o in said]])
     def stamp(self): return fingerprint('Labels', self.names)
