@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 import importlib
 
 _names = {'create': 'core', 'presets': 'core', 'save': 'saving', 'load': 'saving', 'sample': 'samplers', 'fit': 'train.loop',
-          'Gaussian': 'process.gaussian', 'Masked': 'process.masked'}
+          'load_pipeline': 'hub.pipelines', 'Gaussian': 'process.gaussian', 'Masked': 'process.masked'}
 _modules = ('schedules', 'grids', 'samplers', 'guidance')
 __all__ = [*_names, *_modules]
 

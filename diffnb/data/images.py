@@ -296,7 +296,7 @@ def positions(
 @dataclass(frozen=True, eq=False)
 class Guarded:
     "A stream that hands back an error instead of raising it, for use in another process."
-    stream:Stream # what may fail
+    stream:object # what may fail: positions -> batch
     def __getitem__(self, idx):
         try: return self.stream[idx]
         except Exception as e: return e.with_traceback(None)
@@ -319,7 +319,7 @@ def batches(
     return map(stream.__getitem__, todo) if not workers else from_workers(stream, todo, workers)
 
 def from_workers(
-    stream:Stream,  # what makes the batches
+    stream:object,  # what makes the batches: positions -> batch
     todo:Iterator,  # their positions
     workers:int,    # processes
 )->Iterator[dict]:

@@ -176,8 +176,8 @@ def loss(self:DiffusionTask,
     z = batch['z'] if 'z' in batch else self.encode(batch['x'])
     keep, mask, drop, cond = (batch.get(k) for k in ('keep', 'mask', 'drop', 'cond'))
     if self.conditioner is not None: cond = self.conditioner(cond)
-    hidden = drop is not None and cond
-    call = hide(self.denoiser, drop, cond, keep, mask) if hidden else bind(self.denoiser, cond, keep, mask)
+    hidden = drop is not None and (cond or keep is not None) # a prompt may stand in x itself
+    call = hide(self.denoiser, drop, cond or {}, keep, mask) if hidden else bind(self.denoiser, cond, keep, mask)
     t, rng = batch['t'].to(z.device), rng.of(batch['idx']).at('noise')
     loss = self.process.loss(call, z, t, keep=keep, mask=mask, rng=rng)
     if self.count is not None: loss = self.count(loss)
