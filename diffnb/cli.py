@@ -21,8 +21,8 @@ from . import __version__
 from .commands import run, say_mistakes
 from .core import nearest, presets
 from .data.images import once, to_uint8
-from .parts import check_part
-from .recipes import Recipe, Sample, build, check, conditions, consistent, defaults, identity, keys, make, options
+from .parts import check_part, dotted
+from .recipes import Recipe, Sample, build, check, conditions, consistent, defaults, identity, make, options
 from .recipes import process, read, shipped
 from .rng import Rng
 from .samplers import sample as walk
@@ -240,10 +240,10 @@ def export(
 def distill(
     where:str,           # a run, or the name of weights that ship: the teacher
     out:str,             # the folder, new; rounds are kept in `OUT-rounds`, and a stopped one goes on
-    n:int=32,            # the teacher's steps
-    until:int=4,         # the last student's
+    n:int|None=None,     # the teacher's steps; default: as the recipe says, here and below
+    until:int|None=None, # the last student's
     w:float|None=None,   # the teacher's guidance, which the student takes over; default: as the recipe says
-    overrides:Sequence[str]=(), # keys of the recipe, such as --train.steps=500
+    overrides:Sequence[str]=(), # keys of the recipe, such as --distill.steps=500
 )->int: # exit code
     "Teach a model to sample in fewer steps, half as many each round."
     m, path = open_model(where), Path(out)
@@ -251,8 +251,9 @@ def distill(
     r = check(asdict(m.recipe), overrides)
     b, s, grid = build(r), r.sample, make('grid', r.sample.grid)
     def student(net): return replace(b.task, denoiser=net, drop=0.)
-    w = s.w if w is None else w
-    net, g = halve(weigh(m, s), student, b.batches, r.train.steps, n, until, grid, w, f'{out}-rounds', b.averages,
+    d, w = r.distill, s.w if w is None else w
+    n, until = d.n if n is None else n, d.until if until is None else until
+    net, g = halve(weigh(m, s), student, b.batches, d.steps, n, until, grid, w, f'{out}-rounds', b.averages,
                    rng=b.rng, **options(r))
     if len(g.t)-1>until:
         print(f'stopped before {until} steps were reached; the same command goes on')
@@ -325,4 +326,4 @@ COMMANDS = dict(train=train, sample=sample, eval=evaluate, export=export, distil
 def main(argv:Sequence[str]|None=None)->int: # without the program's name; None is the shell's
     "Run a command; say what is wrong in one line. DIFFNB_TRACEBACK=1 raises instead."
     words = sys.argv[1:] if argv is None else list(argv)
-    return say_mistakes(lambda: run(COMMANDS, words, list(keys()), f'diffnb {__version__}'))
+    return say_mistakes(lambda: run(COMMANDS, words, list(dotted(Recipe)), f'diffnb {__version__}'))

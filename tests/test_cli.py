@@ -1,6 +1,7 @@
 "The command line: mistakes cost one line and exit code 2 and write nothing; the rest works on a small network."
-import json, os, subprocess, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
+from unittest.mock import ANY
 import numpy as np
 import pytest
 from PIL import Image
@@ -59,6 +60,8 @@ WRONG = { # command -> what the one line says
     'train tiny.yaml --train.lr.name=cosine --train.lr.end=5 --train.lr.warmup=10': 'its warm-up ends at 10',
     'train tiny.yaml --sample.average=emma': "did you mean 'ema'",
     'train tiny.yaml --eval.metrics=[fid,fud]': "eval.metrics cannot be 'fud'",
+    'train tiny.yaml --process.learned=learned_range': 'does not give twice the channels',
+    'train tiny.yaml --distill.until=0': 'distill.until must be at least 1',
     'train tiny.yaml --out tiny.yaml': 'is a file',
     'train': 'missing recipe',
     'trian tiny.yaml': "did you mean 'train'",
@@ -111,11 +114,22 @@ def test_session(here, capsys):
     assert ask('export run --out given', capsys)[0]==0 and 'exists' in ask('export run --out given', capsys)[2]
     assert ask('sample given --n 12 --steps 3 --sampler ddim --w 1.5 --y 3 --seed 1 --out y.npz', capsys)[0]==0
     with np.load('x.npz') as a, np.load('y.npz') as b: assert (a['x']==b['x']).all()
-    assert ask('distill run --out fast --n 4 --until 2 --train.steps=2', capsys)[0]==0 and 'exists' in ask('distill run --out fast', capsys)[2]
+    assert ask('distill run --out fast --n 4 --until 2 --distill.steps=2', capsys)[0]==0 and 'exists' in ask('distill run --out fast', capsys)[2]
     assert ask('sample fast --n 4 --out z.npz', capsys)[0]==0 and '2 times are listed' in ask('sample fast --n 4 --steps 3 --out u.npz', capsys)[2]
     code, out, _ = ask('eval run', capsys)
     assert code==0 and 'fid' in out and 'kid' in out
     assert [json.loads(o)['metric'] for o in Path('run/eval.jsonl').read_text().splitlines()]==['fid', 'kid']
+
+def test_a_learned_range(here, capsys):
+    "The variance of a step is the network's, in training and in DDPM's steps."
+    net = '{name: dit_tiny, size: 28, ch: 1, patch: 4, classes: 10, sigma: true}'
+    Path('range.yaml').write_text(TINY.replace(re.search(r'model: .*', TINY)[0], f'model: {net}')+'process: {schedule: linear_beta, pred: eps, learned: {name: learned_range, steps: 50}}\n')
+    assert ask('train range.yaml --out run --train.steps=2', capsys)==(0, ANY, ANY)
+    from diffnb.cli import open_model
+    from diffnb.recipes import process
+    assert process(open_model('run').recipe).learned==(1., 256, 50)
+    assert ask('sample run --n 4 --steps 3 --sampler ddpm --out x.npz', capsys)[0]==0
+    with np.load('x.npz') as z: assert z['x'].shape==(4, 28, 28, 1)
 
 def test_quickstart(here, capsys):
     "The quickstart, with a network for tests."
