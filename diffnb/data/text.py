@@ -133,7 +133,7 @@ class Tokenizer:
 
 @patch
 def text(self:Tokenizer,
-    ids:Sequence[int], # of tokens
+    ids:Sequence[int]|Int64[Tensor,'m'], # of tokens
 )->str: # without the tokens that have a role
     "Ids to text."
     roles = {self.pad, self.end, self.mask, self.start}
