@@ -1,33 +1,13 @@
 "Full training, biases, bottlenecks, prefixes: the start, the equations, the counts, the files."
 import pytest, torch
 from torch import nn
-from diffnb import core
-from diffnb.core import presets
 from diffnb.models.layers import Attention, attend
 from diffnb.peft.baselines import attends, bitfit, flatten, full, houlsby, houlsby_part, pfeiffer, prefix, prefix_part
 from diffnb.peft.core import coverage, merge, probe, slots, switch, unmerge
 from diffnb.peft.files import combine, load_adapter, save_adapter, tensors
+from adapted import TINY, create, diff, gen, randomise, run, wake
 
-TINY = [n for n in presets('denoiser') if n.endswith('_tiny')]
-def create(name, **kw): torch.manual_seed(0); return core.create(name, **kw) # the same network every time
 LOOKS = [n for n in TINY if any(attends(k, m) for k,m in create(n).named_modules())]
-def gen(seed=0): return torch.Generator().manual_seed(seed)
-def diff(a, b): return (a-b).abs().max().item()
-def randomise(net, seed=0, std=.1):
-    g = gen(seed)
-    for k,p in net.named_parameters():
-        if 'adapters' not in k.split('.'): p.data = p.data+std*torch.randn(p.shape, generator=g).to(p)
-    return net.eval()
-def wake(net, name='default', seed=1, std=.1):
-    g = gen(seed)
-    for _,_,s in slots(net):
-        if name in s:
-            for p in s[name].parameters(): p.data = p.data+std*torch.randn(p.shape, generator=g).to(p)
-    return net
-@torch.no_grad()
-def run(net, b=2):
-    x,t,cond = net.demo(b)
-    return net(x, t, **cond)
 
 @pytest.mark.parametrize('method', [bitfit, houlsby, pfeiffer, lambda: prefix(3, 8)], ids=['bitfit', 'houlsby', 'pfeiffer', 'prefix'])
 @pytest.mark.parametrize('name', TINY)

@@ -3,33 +3,12 @@ import json, random
 import pytest, torch
 from torch import nn
 from safetensors.torch import load_file, save_file
-from diffnb import core
-from diffnb.core import presets
-from diffnb.peft.core import coverage, merge, probe, slots, switch, unmerge
+from diffnb.peft.core import coverage, merge, probe, slots, switch
 from diffnb.peft.files import combine, load_adapter, save_adapter, swap, tensors
 from diffnb.peft.formats import load_diffusers, load_kohya, load_peft, save_diffusers, save_kohya, save_peft
-from diffnb.peft.lora import (by_block, closest, diffit_lora, dora, falling, lora, lora_part, low_ranks, phases, pissa, principal, begun, rslora,
+from diffnb.peft.lora import (by_block, closest, diffit_lora, dora, falling, lora, lora_part, phases, pissa, principal, begun, rslora,
                               timed_lora)
-
-TINY = [n for n in presets('denoiser') if n.endswith('_tiny')]
-def create(name, **kw): torch.manual_seed(0); return core.create(name, **kw) # the same network every time
-def gen(seed=0): return torch.Generator().manual_seed(seed)
-def diff(a, b): return (a-b).abs().max().item()
-def randomise(net, seed=0, std=.1):
-    g = gen(seed)
-    for k,p in net.named_parameters():
-        if 'adapters' not in k.split('.'): p.data = p.data+std*torch.randn(p.shape, generator=g).to(p)
-    return net.eval()
-def wake(net, name='default', seed=1, std=.1):
-    g = gen(seed)
-    for _,_,s in slots(net):
-        if name in s:
-            for p in s[name].parameters(): p.data = p.data+std*torch.randn(p.shape, generator=g).to(p)
-    return net
-@torch.no_grad()
-def run(net, b=2):
-    x,t,cond = net.demo(b)
-    return net(x, t, **cond)
+from adapted import TINY, create, diff, gen, randomise, run, wake
 
 # --- the start
 @pytest.mark.parametrize('method', [lora, rslora, dora, diffit_lora, lambda: timed_lora(rank=8, rule=dict(ranks=[2, 4, 8])), pissa], ids=range(6))

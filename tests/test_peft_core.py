@@ -2,36 +2,19 @@
 import copy, re
 import pytest, torch
 from torch import nn
-from diffnb import core
-from diffnb.core import presets
-from diffnb.peft.core import (Between, coverage, find, fuse, hits, inject, inner, merge, names, probe, recipe, remove, shared, slots,
+from diffnb.peft.core import (Between, coverage, find, fuse, hits, inject, inner, merge, names, probe, remove, shared, slots,
                               switch, unmerge)
-from diffnb.peft.lora import INNER, lora, lora_part, timed_lora
+from diffnb.peft.lora import lora, lora_part, timed_lora
+import adapted
+from adapted import TINY, create, diff, randomise
 
-TINY = [n for n in presets('denoiser') if n.endswith('_tiny')]
-def create(name, **kw): torch.manual_seed(0); return core.create(name, **kw) # the same network every time
-def gen(seed=0): return torch.Generator().manual_seed(seed)
-def diff(a, b): return (a-b).abs().max().item()
-def randomise(net, seed=0, std=.1):
-    g = gen(seed)
-    for k,p in net.named_parameters():
-        if 'adapters' not in k.split('.'): p.data = p.data+std*torch.randn(p.shape, generator=g).to(p)
-    return net.eval()
-def wake(net, name, seed=1, std=.2):
-    "An adapter that does something."
-    g = gen(seed)
-    for _,_,s in slots(net):
-        if name in s:
-            for p in s[name].parameters(): p.data = p.data+std*torch.randn(p.shape, generator=g).to(p)
-    return net
+def wake(net, name, seed=1): return adapted.wake(net, name, seed, .2)
+def run(net, b=3): return adapted.run(net, b)
 def two(name='dit_tiny', make=lora, **kw):
     net = randomise(create(name))
     for i,n in enumerate('ab'): net = wake(make(rank=2, **kw)(net, n), n, i)
     return net
-@torch.no_grad()
-def run(net, b=3):
-    x,t,cond = net.demo(b)
-    return net(x, t, **cond)
+
 def test_patterns():
     assert hits('blocks.10.mlp.0', 'blocks.1?') and hits('blocks.1.mlp.0', 'mlp.*') and hits('blocks.1.mlp.0', '1.mlp')
     assert not hits('blocks.10.mlp', 'blocks.1') and not hits('blocks.1.mlp', 'lp') and not hits('mlp', 'mlp.0')

@@ -1,31 +1,13 @@
 "LoRA along the trajectory: counts, phases, the start, sums, ranks, penalties, routers, instructions, and that it learns."
 import copy
 import pytest, torch
-from diffnb import core
-from diffnb.core import presets
 from diffnb.guidance import bind, guided
 from diffnb.peft.core import coverage, inner, merge, names, probe, remove, slots, switch
 from diffnb.peft.files import combine, load_adapter, save_adapter, tensors
 from diffnb.peft.lora import lora
 from diffnb.peft.trajectory import Bank, Instruct, overlap, rank_penalty, router, trajectory, trajectory_part, width
+from adapted import TINY, create, diff, gen, randomise, run, wake
 
-TINY = [n for n in presets('denoiser') if n.endswith('_tiny')]
-def create(name, **kw): torch.manual_seed(0); return core.create(name, **kw) # the same network every time
-def gen(seed=0): return torch.Generator().manual_seed(seed)
-def diff(a, b): return (a-b).abs().max().item()
-def randomise(net, seed=0, std=.1):
-    g = gen(seed)
-    for k,p in net.named_parameters():
-        if 'adapters' not in k.split('.'): p.data = p.data+std*torch.randn(p.shape, generator=g).to(p)
-    return net.eval()
-def wake(net, name='default', seed=1, std=.1):
-    g = gen(seed)
-    for p in net.adapters[name].parameters(): p.data = p.data+std*torch.randn(p.shape, generator=g).to(p)
-    return net
-@torch.no_grad()
-def run(net, b=2):
-    x,t,cond = net.demo(b)
-    return net(x, t, **cond)
 SMALL = dict(ranks=(2, 3, 4), k=2, cond=8, vocab=12)
 
 def test_counts():
