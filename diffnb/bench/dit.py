@@ -15,7 +15,7 @@ from torch import nn
 from torch._inductor import config as inductor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from . import keep, kept, median_of, ratio
+from . import median_of, ratio, renew
 from ..core import need
 from ..grids import leading
 from ..hub.images import from_diffusers
@@ -83,13 +83,10 @@ def measure(
 )->list[dict]: # what, bound, ratio, apart
     "Measure on one thread, without gradients, and keep each result at once."
     torch.set_num_threads(1)
-    found = {} if which is None else {r['what']: r for r in kept(name, folder)['rows']}
-    for what in which or work:
-        most,f = work[what]
-        with torch.no_grad(): found[what] = dict(what=what, most=most, **f())
-        rows = [found[k] for k in work if k in found]
-        keep(name, rows, command, ('diffusers', 'diffnb'), folder)
-    return rows
+    def row(most, f):
+        with torch.no_grad(): return dict(most=most, **f())
+    rows = {k: partial(row, *o) for k,o in work.items()}
+    return renew(name, rows, command, ('diffusers', 'diffnb'), which, folder)
 
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from . import keep, kept
+from . import renew
 from ..core import Denoiser, create, need
 from ..data.text import Texts, Tokenizer, movie_snippets, tokenizer, train_tokenizer
 from ..data.tokens import asked, encode, text_batches, text_once, written
@@ -173,15 +173,9 @@ def row(
 
 # %% ../../nbs/78_bench.sentiment.ipynb #add8be0e
 def measure(
-    which:tuple=tuple(ROWS),  # rows that are measured again; the others stay
+    which:tuple|None=None,    # rows to be measured again, the others stay; None: all
     folder:str='results',     # where the results are kept
-)->Path: # the file
+)->list[dict]: # all rows
     "Measure every row. Half an hour of one core in all."
-    for what in which:
-        new = dict(what=what, **row(what, movie_snippets('test')))
-        try: found = {r['what']: r for r in kept('sentiment', folder)['rows']}
-        except FileNotFoundError: found = {}
-        found[what] = new
-        rows = [found[k] for k in ROWS if k in found]
-        path = keep('sentiment', rows, 'diffnb.bench.sentiment.measure()', ('diffnb',), folder)
-    return path
+    work = {k: partial(row, k, movie_snippets('test')) for k in ROWS}
+    return renew('sentiment', work, 'diffnb.bench.sentiment.measure()', ('diffnb',), which, folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from . import Ratio, keep, kept, median_of
+from . import Ratio, keep, median_of, renew
 from ..core import Denoiser, Feats, create, need
 from ..data.images import batches, fashion_mnist, floats, once, to_uint8
 from ..grids import edm_grid
@@ -171,24 +171,21 @@ CONTEST = {'DiffiT, diffit_fashion, Muon': (partial(create, 'diffit_fashion', sc
 # %% ../../nbs/72_bench.training.ipynb #520b4f04
 def equal_minutes(
     minutes:float=5., # of two cores: twice as much processor time of one
-    which:tuple=tuple(CONTEST), # networks to be measured again; the others' rows stay
+    which:tuple|None=None, # networks to be measured again, the others' rows stay; None: all
     folder:str='results', # where the results are kept
 )->list[dict]: # what, parameters, images seen, Fréchet distance
     "Train our small DiffiT and three usual networks for the same time, and measure them. Takes over an hour."
     images, eyes = fashion_mnist(), create('fashion_features', kind='extractor')
-    found = {} if set(which)==set(CONTEST) else {r['what']: r for r in kept('equal_minutes', folder)['rows']}
-    for what in which:
-        make, optimiser, lr, batch = CONTEST[what]
+    def row(make, optimiser, lr, batch):
         with torch.random.fork_rng():
             torch.default_generator.manual_seed(0)
             net = make()
         count = sum(p.numel() for p in net.parameters())
         done, task, steps = train_for(net, images, 120*minutes, optimiser, lr, batch)
         fd = distance(done, task.process, images, eyes)
-        found[what] = dict(what=what, parameters=count, images=batch*steps, fid=round(fd, 2), minutes=minutes)
-        rows = [found[k] for k in CONTEST if k in found]
-        keep('equal_minutes', rows, f'diffnb.bench.training.equal_minutes({minutes})', ('diffusers', 'diffnb'), folder)
-    return rows
+        return dict(parameters=count, images=batch*steps, fid=round(fd, 2), minutes=minutes)
+    rows, command = {k: partial(row, *o) for k,o in CONTEST.items()}, f'diffnb.bench.training.equal_minutes({minutes})'
+    return renew('equal_minutes', rows, command, ('diffusers', 'diffnb'), which, folder)
 
 def overheads(
     folder:str='results', # where the results are kept
