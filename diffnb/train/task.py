@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['warm', 'fall', 'constant', 'linear', 'cosine', 'inverse_root', 'decay_groups', 'adamw', 'adam', 'DiffusionTask',
-           'by_sample', 'by_batch', 'hide', 'pick', 'pieces', 'to', 'seeded', 'held_out_loss']
+           'learns', 'by_sample', 'by_batch', 'hide', 'pick', 'pieces', 'to', 'seeded', 'held_out_loss']
 
 # %% ../../nbs/52_train.task.ipynb #83da4e0c
 import math
@@ -115,20 +115,29 @@ class DiffusionTask:
     denoiser:nn.Module               # the network
     process:object                   # how data is corrupted and the network read, see `Gaussian`
     codec:nn.Module|None=None        # data space <-> diffusion space; None trains on the data as it is
-    conditioner:Callable|None=None   # a batch's raw `cond` -> the network's
+    conditioner:Callable|None=None   # `(cond, drop)`: a batch's conditions -> the network's, see `Conditioner`
     times:Callable=uniform_times()   # `(rng, n) -> (n,)`: how often each time is trained
-    drop:float|int=0.                    # share of samples that go without their conditions, for guidance
+    drop:float|int=0.                # share of samples that go without their conditions, for guidance
     optimiser:Callable=adamw()       # network -> optimiser
     lr:Callable=constant()           # images seen -> learning rate
     count:Callable|None=None         # `Loss -> Loss`: what a mean is over, see `by_sample`; None: all elements alike
     def __post_init__(self):
         if not 0<=self.drop<=1: raise ValueError(f'drop is a probability, not {self.drop}')
+        device = next((p.device for p in self.denoiser.parameters()), None)
+        for o in (self.codec, self.conditioner): # where they are frozen, nobody else would move them
+            if device and isinstance(o, nn.Module): o.to(device)
+
+def learns(
+    o, # a network, a function or None
+)->bool:
+    "Does it have parameters to train?"
+    return isinstance(o, nn.Module) and any(p.requires_grad for p in o.parameters())
 
 @patch(as_prop=True)
 def net(self:DiffusionTask)->nn.Module:
-    "All that is trained: the denoiser, and the codec and the weight of the loss where they have parameters to train."
-    parts = dict(codec=self.codec, weight=getattr(self.process, 'weight', None))
-    more = {k: o for k,o in parts.items() if isinstance(o, nn.Module) and any(p.requires_grad for p in o.parameters())}
+    "All that is trained: the denoiser, and of codec, conditioner and weight of the loss what has parameters to train."
+    parts = dict(codec=self.codec, conditioner=self.conditioner, weight=getattr(self.process, 'weight', None))
+    more = {k: o for k,o in parts.items() if learns(o)}
     return nn.ModuleDict(dict(denoiser=self.denoiser, **more)) if more else self.denoiser
 
 # %% ../../nbs/52_train.task.ipynb #a2d6c323
@@ -163,9 +172,23 @@ def encode(self:DiffusionTask,
 )->Tensor: # in diffusion space
     "Data as the process sees it."
     if self.codec is None: return x
-    learns = any(p.requires_grad for p in self.codec.parameters())
-    with torch.set_grad_enabled(learns and torch.is_grad_enabled()): return self.codec.encode(x)
+    with torch.set_grad_enabled(learns(self.codec) and torch.is_grad_enabled()): return self.codec.encode(x)
 
+@patch
+def conditions(self:DiffusionTask,
+    cond:dict|None,        # of a batch: tensors, and lists of what people said
+    drop:Tensor|None=None, # `(b,)` which samples go without
+)->tuple[dict,dict]: # what the conditioner made, hidden from those samples; what it passed on, not hidden yet
+    "What the network is told. Lists are for a conditioner: those that it does not read are left out."
+    given = told = cond or {}
+    if self.conditioner is not None:
+        with torch.set_grad_enabled(learns(self.conditioner) and torch.is_grad_enabled()):
+            told = self.conditioner(given, drop)
+    told = {k: v for k,v in told.items() if not isinstance(v, list)}
+    made = {k: v for k,v in told.items() if given.get(k) is not v}
+    return made, {k: v for k,v in told.items() if k not in made}
+
+# %% ../../nbs/52_train.task.ipynb #7388ff8a
 @patch
 def loss(self:DiffusionTask,
     batch:dict, # a batch, drawn or not
@@ -175,9 +198,10 @@ def loss(self:DiffusionTask,
     if 't' not in batch: batch = self.draw(batch, rng)
     z = batch['z'] if 'z' in batch else self.encode(batch['x'])
     keep, mask, drop, cond = (batch.get(k) for k in ('keep', 'mask', 'drop', 'cond'))
-    if self.conditioner is not None: cond = self.conditioner(cond)
+    made, cond = self.conditions(cond, drop)
     hidden = drop is not None and (cond or keep is not None) # a prompt may stand in x itself
-    call = hide(self.denoiser, drop, cond or {}, keep, mask) if hidden else bind(self.denoiser, cond, keep, mask)
+    if hidden: call = hide(self.denoiser, drop, cond, keep, mask, made)
+    else: call = bind(self.denoiser, {**made, **cond}, keep, mask)
     t, rng = batch['t'].to(z.device), rng.of(batch['idx']).at('noise')
     loss = self.process.loss(call, z, t, keep=keep, mask=mask, rng=rng)
     if self.count is not None: loss = self.count(loss)
@@ -191,6 +215,7 @@ def hide(
     cond:dict,               # the conditions
     keep:Tensor|None=None,   # positions held clean
     mask:Tensor|None=None,   # positions that exist
+    made:dict|None=None,     # conditions that are hidden already
 )->Callable: # `call(x, net_t) -> raw`
     "The network with conditions that are hidden from some samples. ValueError where one has no null of its own."
     def call(x, net_t):
@@ -198,7 +223,7 @@ def hide(
         for k,v in cond.items():
             if v is not None and cond_u.get(k) is None:
                 raise ValueError(f'{type(denoiser).__name__}.null has no tensor in place of {k!r}: train with drop=0')
-        mixed = {k: pick(drop, cond_u[k], v) for k,v in cond.items()}
+        mixed = {**(made or {}), **{k: pick(drop, cond_u[k], v) for k,v in cond.items()}}
         return bind(denoiser, mixed, keep, mask)(pick(drop, x_u, x), net_t)
     return call
 
@@ -212,9 +237,9 @@ def pick(
     drop = drop.to(c.device)
     return torch.where(expand(drop, c), u, c)
 
-# %% ../../nbs/52_train.task.ipynb #aca1b51f
+# %% ../../nbs/52_train.task.ipynb #16e2ca70
 def pieces(
-    batch:dict, # tensors, or dicts of them, all with the same first axis
+    batch:dict, # tensors and lists, or dicts of them, all of the same length
     k:int,      # parts
 )->Iterator[dict]:
     "A batch in k parts of nearly equal length. ValueError if there are fewer samples than parts."
@@ -227,7 +252,7 @@ def to(
     o,                    # a tensor, or dicts of them
     device:torch.device,  # where to
 ):
-    "Move a batch to a device."
+    "Move a batch to a device; lists stay."
     if isinstance(o, dict): return {k: to(v, device) for k,v in o.items()}
     return o.to(device, non_blocking=True) if torch.is_tensor(o) else o
 
