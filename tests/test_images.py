@@ -13,8 +13,8 @@ from diffnb.data.augment import (MULTIPLIERS, affine, augment_labels, downsample
 from diffnb.data.files import (BadImage, cifar10, decode, ffhq64, folder, imagenet, imagenette, in_zip, opened,
                                zip_file)
 from diffnb.data.images import (Images, Stream, batches, center_crop, drop_label, emoji, fashion_mnist,
-                                fashion_mnist_full, fit, floats, hflip, image_at, once, random_crop, resize,
-                                to_float, to_uint8)
+                                fashion_mnist_full, fit, floats, hflip, image_at, once, only, random_crop,
+                                resize, to_float, to_uint8)
 from diffnb.rng import Rng
 
 def png(pixels, fmt='PNG', **kw):
@@ -329,6 +329,22 @@ def test_captions(tree):
         (tree/'bad.jsonl').write_text(text)
         with pytest.raises(ValueError, match=say): folder(tree, captions='bad.jsonl')
     with pytest.raises(FileNotFoundError, match="did you mean 'm.jsonl'"): folder(tree, captions='mm.jsonl')
+    (tree/'more.jsonl').write_text('\n'.join(json.dumps(r) for r in [*rows, dict(file_name='a/gone.png', text='gone')]))
+    with pytest.raises(ValueError, match='more.jsonl has a caption for a/gone.png, which is not in'): folder(tree, captions='more.jsonl')
+    for o,say in ((None, 'None'), (b'bytes', "b'bytes'"), (3, '3')):
+        with pytest.raises(ValueError, match=rf'set\[1\] has the caption {say}, which is no str'):
+            Images(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), captions=['', o], source='set')
+
+def test_captions_come_along(garments):
+    "In batches they are lists, the same from workers; the order of names is the network's; a set without captions has no text."
+    ds, tr = emoji('test'), [partial(only, names=['text']), floats]
+    here, there = (list(itertools.islice(batches(ds, 7, Rng(4), start=21, workers=w, transforms=tr), 3)) for w in (0, 2))
+    for a,b in zip(here, there):
+        assert list(a['cond'])==['text'] and a['cond']==b['cond'] and torch.equal(a['x'], b['x'])
+        assert a['cond']['text']==[ds.captions[i] for i in a['sample'].tolist()]
+    assert list(next(batches(garments, 2, Rng()))['cond'])==['y']
+    assert list(next(batches(ds, 2, Rng(), transforms=[partial(only, names=['text', 'y'])]))['cond'])==['text', 'y']
+    with pytest.raises(ValueError, match='the conditions are y: there is no text'): next(batches(garments, 2, Rng(), transforms=tr))
 
 @pytest.mark.parametrize('name', ['../x.png', 'a/../../x.png', '/etc/x.png', 'C:/x.png', '..\\x.png'])
 def test_archives_that_lead_out_are_refused(tmp_path, name):

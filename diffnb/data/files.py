@@ -14,14 +14,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-
 import numpy as np
 import torch
 from fastcore.basics import patch
 from jaxtyping import Int64, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
-
 from ..core import nearest, preset
 from .images import Images, find, fit, one_of
 
@@ -150,6 +148,8 @@ def read_captions(
         out[posixpath.join(posixpath.dirname(file), got[0])] = got[1]
     for n in names:
         if n not in out: raise ValueError(f'{file} has no caption for {n}: add one, or remove the image')
+    lost = sorted(out.keys()-set(place.names))
+    if lost: raise ValueError(f'{file} has a caption for {lost[0]}, which is not in {place.path}')
     return [out[n] for n in names]
 
 def read_rows(

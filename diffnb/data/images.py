@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Images', 'arrays', 'one_of', 'fashion_mnist', 'emoji', 'read_idx', 'find', 'fashion_mnist_full', 'to_float',
            'to_uint8', 'resize', 'center_crop', 'fit', 'epoch_order', 'image_at', 'floats', 'hflip', 'drop_label',
-           'random_crop', 'Stream', 'positions', 'Guarded', 'batches', 'from_workers', 'once']
+           'only', 'random_crop', 'Stream', 'positions', 'Guarded', 'batches', 'from_workers', 'once']
 
 # %% ../../nbs/50_data.images.ipynb #74945b0f
 import functools, gzip, itertools, math, struct
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,6 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
-
 from ..core import preset
 from ..rng import Rng
 
@@ -32,7 +30,7 @@ class Images:
     pixels:object                        # `(n,c,h,w)` uint8: a tensor, or what is indexed like one
     labels:Int64[Tensor,'n']|None=None   # class of each image
     classes:Sequence[str]=()             # name of each class
-    captions:Sequence[str]|None=None     # text of each image
+    captions:Sequence|None=None          # text of each image, str
     names:Sequence[str]|None=None        # of each image, for error messages
     source:str='images'                  # of the whole set
     skipped:Sequence[tuple[str,str]]=()  # what was left out when reading: `(name, why)`
@@ -44,6 +42,8 @@ class Images:
         for what in ('labels', 'captions', 'names'):
             o = getattr(self, what)
             if o is not None and len(o)!=n: raise ValueError(f'{self.source}: {len(o)} {what} for {n} images')
+        for i,o in enumerate(self.captions or ()):
+            if not isinstance(o, str): raise ValueError(f'{self.name(i)} has the caption {o!r:.40}, which is no str')
         bad = [] if self.labels is None else ((self.labels<0)|(self.labels>=k)).nonzero()[:,0].tolist()
         if bad: raise ValueError(f'{self.name(bad[0])} has label {self.labels[bad[0]]}, and there are {k} classes')
 
@@ -249,6 +249,16 @@ def drop_label(
     drop = rng.at('drop label').bernoulli(torch.full((len(y),), float(p)))
     return {**batch, 'cond': {**batch['cond'], 'y': torch.where(drop, null, y)}}
 
+def only(
+    batch:dict,          # with conditions `cond`
+    rng:Rng,             # not used
+    names:Sequence[str], # conditions that the network, or its conditioner, reads
+)->dict:
+    "The batch with these conditions and no others. ValueError for one that it does not have."
+    lacks = [k for k in names if k not in batch['cond']]
+    if lacks: raise ValueError(f'the conditions are {", ".join(batch["cond"]) or "none"}: there is no {lacks[0]}')
+    return {**batch, 'cond': {k: batch['cond'][k] for k in names}}
+
 # %% ../../nbs/50_data.images.ipynb #f5bb0fbb
 def random_crop(
     batch:dict, # with images `x`
@@ -273,11 +283,12 @@ class Stream:
     images:Images                           # the set
     rng:Rng                                 # the run's
     transforms:Sequence[Callable]=(floats,) # functions `(batch, rng) -> batch`, in order
-
     def __getitem__(self, idx:Int64[Tensor,'b'])->dict:
         ds = self.images
         i = image_at(idx, len(ds), self.rng)
-        batch = dict(x=ds.pixels[i], idx=idx, sample=i, cond={} if ds.labels is None else {'y': ds.labels[i]})
+        cond = {} if ds.labels is None else {'y': ds.labels[i]}
+        if ds.captions is not None: cond['text'] = [ds.captions[j] for j in i.tolist()]
+        batch = dict(x=ds.pixels[i], idx=idx, sample=i, cond=cond)
         for f in self.transforms: batch = f(batch, self.rng.of(idx))
         return batch
 

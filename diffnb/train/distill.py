@@ -83,7 +83,7 @@ def loss(self:Distillation,
     if 'place' not in batch: batch = self.draw(batch, rng)
     p, keep, mask = self.process, batch.get('keep'), batch.get('mask')
     z = batch['z'] if 'z' in batch else self.task.encode(batch['x'])
-    cond = batch.get('cond') if self.task.conditioner is None else self.task.conditioner(batch.get('cond'))
+    cond = {k: v for o in self.task.conditions(batch.get('cond')) for k,v in o.items()}
     t, m, s = (self.grid.t[batch['place']+k] for k in range(3))
     with torch.no_grad():
         x_t,_ = p.corrupt(z, t, keep, rng.of(batch['idx']).at('noise'))
