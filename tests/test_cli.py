@@ -67,7 +67,7 @@ WRONG = { # command -> what the one line says
     'trian tiny.yaml': "did you mean 'train'",
     'sample nowhere --out x.png': 'there is no run or weights nowhere',
     'sample empty --out x.png': 'there is no complete checkpoint in empty',
-    'sample tiny.yaml': 'missing out',
+    'sample': 'missing where',
     'sample tiny.yaml --out x.png --nn 3': "no flag --nn",
     'sample tiny.yaml --out x.png --n three': 'n: expected int or null, not three',
     'eval nowhere': 'there is no run',
@@ -98,7 +98,7 @@ def test_session(here, capsys):
     "Train, go on, sample, measure; then the mistakes that need a run."
     assert ask('train tiny.yaml --out run --train.steps=2', capsys)[0]==0
     code, out, _ = ask('train tiny.yaml --out run', capsys)
-    assert code==0 and 'run has 4 steps, 32 images' in out and 'going on from step-00000002' in Path('run/log.txt').read_text()
+    assert code==0 and 'run has 4 steps, 32 samples' in out and 'going on from step-00000002' in Path('run/log.txt').read_text()
     assert Path('run/samples/step-00000004.png').exists() and len(Path('run/log.jsonl').read_text().splitlines())==4
     assert ask('train tiny.yaml --out run', capsys)[0]==0 # nothing left to do
     before = files(here)
@@ -126,7 +126,7 @@ def test_a_learned_range(here, capsys):
     Path('range.yaml').write_text(TINY.replace(re.search(r'model: .*', TINY)[0], f'model: {net}')+'process: {schedule: linear_beta, pred: eps, learned: {name: learned_range, steps: 50}}\n')
     assert ask('train range.yaml --out run --train.steps=2', capsys)==(0, ANY, ANY)
     from diffnb.cli import open_model
-    from diffnb.recipes import process
+    from diffnb.recipes.images import process
     assert process(open_model('run').recipe).learned==(1., 256, 50)
     assert ask('sample run --n 4 --steps 3 --sampler ddpm --out x.npz', capsys)[0]==0
     with np.load('x.npz') as z: assert z['x'].shape==(4, 28, 28, 1)
