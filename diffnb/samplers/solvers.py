@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable
 import torch
 from torch import Tensor
-from ..core import Est, preset
+from ..core import Est, combine, preset
 from ..grids import Grid
-from . import ahead, clock_of, ddim, dpmpp_2m, ends, heun, log_ratio, look, weigh
+from . import ahead, clock_of, ddim, dpmpp_2m, ends, heun, log_ratio, look
 
 # %% ../../nbs/18_samplers.solvers.ipynb #a5d18ef1
 @preset('sampler', order=1, stochastic=True)
@@ -78,7 +78,7 @@ def churned(
         if t==grid.t[i]: return step(process, call, x, grid, i, state, rng)
         (a,s), goal = ends(process, grid, i, state)
         b,r = up = process.schedule.wide(t, x)
-        x = weigh((b/a, x), (noise*max(0., r*r-(b/a*s)**2)**.5, rng.at('churn').normal(like=x)))
+        x = combine((b/a, x), (noise*max(0., r*r-(b/a*s)**2)**.5, rng.at('churn').normal(like=x)))
         grid = Grid(*(torch.cat([o[:i], n, o[i+1:]]) for o,n in zip(grid, (t, process.net_t(t)))))
         whole = state['levels']
         state['levels'] = grid.t, [*whole[1][:i], up, goal]
@@ -118,14 +118,14 @@ def corrected(
     "The last step again, with the estimate at its end (Zhao et al. 2023, Alg. 1, B2)."
     (a,s), (b,r) = points[-2:]
     c = b-a*r/s
-    if past is None: return weigh((r/s, x), (c/2, prev.x0), (c/2, est.x0))
+    if past is None: return combine((r/s, x), (c/2, prev.x0), (c/2, est.x0))
     before, start, now = (log_ratio(*o) for o in points)
     h = now-start
     q, B = (before-start)/h, math.expm1(-h)
     u = -B/h-1
     k = (-(2*u/h+1)/B-u/B)/(q-1)
     m = u/B-k
-    return weigh((r/s, x), (c*(1-k/q-m), prev.x0), (c*m, est.x0), (c*k/q, past.x0))
+    return combine((r/s, x), (c*(1-k/q-m), prev.x0), (c*m, est.x0), (c*k/q, past.x0))
 
 @preset('sampler', order=3, stochastic=False)
 def unipc():
@@ -136,7 +136,7 @@ def unipc():
         if prev is not None: x = corrected(points[:-1], state['from'], est, prev, past)
         state['from'], state['prev'] = x, prev
         (at,st), (as_,ss) = points[-2:]
-        return weigh((ss/st, x), (as_-at*ss/st, ahead(points[-3:], est, prev)))
+        return combine((ss/st, x), *ahead(points[-3:], est, prev, as_-at*ss/st))
     return step
 
 # %% ../../nbs/18_samplers.solvers.ipynb #64ec4569
@@ -150,7 +150,7 @@ def carry(
     "Along the mean of slopes from one noise level to another, as the clock counts."
     (c, u, wx, we), (d, v, _, _) = clock(*a), clock(*b)
     h = d*(v-u)
-    return weigh((d/c, x), *((h*we*w, o.eps) for w,o in slopes), *((h*wx*w, o.x0) for w,o in slopes))
+    return combine((d/c, x), *(o for w,e in slopes for o in e.terms(h*wx*w, h*we*w)))
 
 # %% ../../nbs/18_samplers.solvers.ipynb #90a93fd9
 adams = {1: (1,), 2: (3/2, -1/2), 3: (23/12, -16/12, 5/12), 4: (55/24, -59/24, 37/24, -9/24)} # newest first
@@ -205,6 +205,7 @@ def lcm(
         est, (_, (as_,ss)) = look(process, call, x, grid, i, state), ends(process, grid, i, state)
         u = scale*(grid.t[i].item()*(process.schedule.T or 1000)-1)
         d = u*u+sd*sd
-        x0 = weigh((u/d**.5, est.x0), (sd*sd/d, x)) if sd else est.x0
-        return weigh((as_, x0), (ss, rng.normal(like=x))) if ss else x0
+        jump, stay = (u/d**.5, sd*sd/d) if sd else (1., 0.)
+        kept = *est.terms(x0=as_*jump), (as_*stay, x)
+        return combine(*kept, (ss, rng.normal(like=x))) if ss else combine(*kept)
     return step
