@@ -45,10 +45,12 @@ def save(
     path:str|PathLike,  # folder, new or to be replaced
     also:dict|None=None, # texts to be kept beside it, by file name, such as its recipe
 )->None:
-    "Save a network: its preset's name and arguments, and its tensors. TypeError if it was not made by a preset."
+    "Save a network: preset, arguments, tensors. TypeError if no preset made it, ValueError if it has adapters."
+    tensors = denoiser.state_dict()
+    if any('adapters' in k.split('.') for k in tensors):
+        raise ValueError('this network has adapters: save_adapter keeps them alone, fuse makes one network of it')
     made = getattr(denoiser, 'preset', None)
     if made is None: raise TypeError(f'no preset made this {type(denoiser).__name__}: make it by create(name, ...)')
-    tensors = denoiser.state_dict()
     config = dict(format=1, kind=made.get('kind', 'denoiser'), name=made['name'], kw=made['kw'])
     check_plain(config, made['name'])
     with write_folder(path, room=sum(t.numel()*t.element_size() for t in tensors.values())) as folder:

@@ -65,7 +65,8 @@ class LabelEmbed(nn.Module):
         nn.init.normal_(self.table.weight, std=std)
     def forward(self, y:Int[Tensor,'b']|None)->Float[Tensor,'#b d']:
         "The rows of `y`; of None, the null row, once for all."
-        return self.table.weight[self.null:] if y is None else self.table(y)
+        if y is None: y = torch.full((1,), self.null, device=self.table.weight.device) # an adapter sees it, too
+        return self.table(y)
     def check(self, y:Tensor|None):
         "ValueError for labels that are no whole numbers in 0..classes (the last is null)."
         if y is None: return

@@ -139,7 +139,7 @@ class Embed(nn.Module):
     def forward(self, x:Int[Tensor,'b n'], pos:Int[Tensor,'#b n'], types=None)->Float[Tensor,'b n d']:
         h = self.tokens(x)
         if self.positions is not None: h = h+self.positions(pos)
-        if self.types is not None: h = h+(self.types.weight[0] if types is None else self.types(types))
+        if self.types is not None: h = h+self.types(x.new_zeros(1, 1) if types is None else types)
         return self.drop(self.norm(h))
 
 # %% ../../nbs/25_models.mlm.ipynb #663897f6

@@ -121,6 +121,7 @@ class DiffusionTask:
     optimiser:Callable=adamw()       # network -> optimiser
     lr:Callable=constant()           # images seen -> learning rate
     count:Callable|None=None         # `Loss -> Loss`: what a mean is over, see `by_sample`; None: all elements alike
+    penalty:Callable|None=None       # denoiser -> scalar added to the loss in training, see `rank_penalty`
     def __post_init__(self):
         if not 0<=self.drop<=1: raise ValueError(f'drop is a probability, not {self.drop}')
         device = next((p.device for p in self.denoiser.parameters()), None)
@@ -205,6 +206,8 @@ def loss(self:DiffusionTask,
     t, rng = batch['t'].to(z.device), rng.of(batch['idx']).at('noise')
     loss = self.process.loss(call, z, t, keep=keep, mask=mask, rng=rng)
     if self.count is not None: loss = self.count(loss)
+    if self.penalty is not None and torch.is_grad_enabled():
+        loss = loss._replace(value=loss.value+self.penalty(self.denoiser))
     own = None if self.codec is None or 'x' not in batch else self.codec.loss(batch['x'], z)
     return loss if own is None else loss._replace(value=loss.value+expand(own, loss.value))
 
