@@ -1,6 +1,7 @@
 "Text metrics against golden numbers, other derivations and other libraries; records; predictions; baselines."
-import math, re
+import math, os, re, warnings
 from collections import Counter
+from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -161,6 +162,39 @@ def test_meteor(tmp_path):
     assert meteor_stem(a).value<50 and meteor(a, folder).params.endswith(WordNet(folder).id)
     assert meteor_stem(one('a dog', 'x', 'a dog')).value==meteor_stem(one('a dog', 'a dog')).value
     with pytest.raises(ValueError, match="'meteor' and 'meteor_stem'"): compare(meteor(a, folder), meteor_stem(a))
+
+@pytest.fixture(scope='module')
+def real_wordnet():
+    "WordNet 3.0 as Debian ships it, or wherever DIFFNB_WORDNET points."
+    folder = Path(os.environ.get('DIFFNB_WORDNET', '/usr/share/wordnet'))
+    if not (folder/'data.noun').is_file(): pytest.skip(f'no WordNet in {folder}: install wordnet-base and wordnet-sense-index, or set DIFFNB_WORDNET to a folder with its files')
+    return WordNet(folder)
+
+def all_of(meanings): return {w for o in meanings for w in o}
+
+def test_real_wordnet(real_wordnet):
+    net = real_wordnet
+    assert all_of(net.synonyms('car'))=={'car', 'auto', 'automobile', 'machine', 'motorcar', 'railcar', 'railway_car', 'railroad_car', 'gondola', 'elevator_car', 'cable_car'}
+    assert len(net.synonyms('car'))==5 and net.synonyms('geese')[0][0]=='goose' and 'run' in all_of(net.synonyms('ran')) and net.synonyms('qwxyz')==[]
+    assert meteor(one('the auto stopped', 'the car stopped'), net.path).value==pytest.approx(98.1481, abs=1e-4)
+    assert meteor_stem(one('the auto stopped', 'the car stopped')).value<70
+
+@pytest.mark.slow # nltk reads WordNet in a quarter of a minute
+def test_real_wordnet_is_that_of_nltk(real_wordnet, tmp_path, monkeypatch):
+    import nltk, shutil
+    if not (real_wordnet.path/'index.sense').is_file(): pytest.skip('nltk wants index.sense: install wordnet-sense-index')
+    folder = tmp_path/'corpora'/'wordnet'
+    shutil.copytree(real_wordnet.path, folder)
+    if not (folder/'lexnames').exists(): (folder/'lexnames').write_text(''.join(f'{i:02d}\tx{i}\t1\n' for i in range(45))) # Debian leaves it out
+    monkeypatch.setattr(nltk.data, 'path', [str(tmp_path)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # of other languages
+        from nltk.corpus import wordnet as theirs
+        for w in 'car dogs geese ran better best churches cities quickly went men axes feet data mice wolves bought well hot_dog is was flies dying glasses'.split():
+            assert all_of(real_wordnet.synonyms(w))=={l.name() for s in theirs.synsets(w) for l in s.lemmas()}, w
+        from nltk.translate.meteor_score import meteor_score
+        t, r = 'the physician bought a big automobile', 'the doctor purchased a large car'
+        assert meteor(one(t, r), real_wordnet.path).value==pytest.approx(100*meteor_score([r.split()], t.split(), wordnet=theirs), abs=1e-9)
 
 # --- perplexity ---
 def test_uniform_perplexity():

@@ -134,7 +134,7 @@ class Record:
     metric:str          # such as 'fid'
     value:float         # the number
     sd:float|None=None  # its spread, for metrics that are averages
-    samples:str=''      # which images were measured, by hash
+    samples:str=''      # which ones were measured, by hash
     n:int=0             # how many
     reference:str=''    # what they were compared with, by hash; '' for nothing
     n_reference:int=0   # how many
@@ -143,13 +143,14 @@ class Record:
     resize:str=''       # what it did to the images' size
     dtype:str=''        # its arithmetic
     params:str=''       # of the metric, such as 'k=3'
-    forced:bool=False   # measured although there were too few images
+    forced:bool=False   # measured although there were too few
+    noun:str='images'   # what was measured
 
     def __str__(self):
         sd = '' if self.sd is None else f' ± {self.sd:.2g}'
         to = f' against {self.n_reference} of {self.reference[:8]}' if self.reference else ''
         few = ', too few' if self.forced else ''
-        return f'{self.metric} {self.value:.4g}{sd} ({self.n} images{to}; {self.extractor}{few})'
+        return f'{self.metric} {self.value:.4g}{sd} ({self.n} {self.noun}{to}; {self.extractor}{few})'
 
 def recipe(
     r:Record, # a measurement

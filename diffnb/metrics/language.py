@@ -48,8 +48,8 @@ def of_tokens(
 )->Record:
     "A record of a number per token."
     digest = hashlib.sha256(nats.double().numpy().tobytes()).hexdigest()[:16]
-    return Record(metric, value, samples=digest, n=len(nats), reference=f'{int(count.sum())} tokens',
-                  n_reference=int(count.sum()), extractor=judge, params=params)
+    return Record(metric, value, samples=digest, n=len(nats), extractor=judge, params=params,
+                  noun=f'texts of {int(count.sum())} tokens')
 
 # %% ../../nbs/76_metrics.language.ipynb #00be266c
 def perplexity(
@@ -161,7 +161,7 @@ def distinct(
     grams = [tuple(o[i:i+n]) for o in rows for i in range(len(o)-n+1)]
     if not grams: raise ValueError(f'no text has {n} words')
     return Record(f'distinct-{n}', len({*grams})/len(grams), samples=sha(texts), n=len(texts), extractor=ours(),
-                  params='lower case, split at spaces')
+                  params='lower case, split at spaces', noun='texts')
 
 # %% ../../nbs/76_metrics.language.ipynb #1104e447
 def frontier(
@@ -230,7 +230,8 @@ def mauve(
     p, q = (torch.bincount(o, minlength=k).double()/len(o) for o in (where[:n], where[n:]))
     def sha_of(o): return hashlib.sha256(o.double().cpu().numpy().tobytes()).hexdigest()[:16]
     return Record('mauve', area(frontier(p, q)), samples=sha_of(samples), n=n, reference=sha_of(reference),
-                  n_reference=m, extractor=by, params=f'k={k}, share={share}, c=5, 25 points, seed={seed}')
+                  n_reference=m, extractor=by, params=f'k={k}, share={share}, c=5, 25 points, seed={seed}',
+                  noun='texts')
 
 # %% ../../nbs/76_metrics.language.ipynb #3dfa2134
 def word_counts_baseline(

@@ -96,7 +96,7 @@ def measured(
 )->Record:
     "A record whose recipe names the right answers, the code and its settings."
     return Record(metric, float(value), samples=sha(p.texts), n=len(p), reference=sha(p.prompts, p.right),
-                  n_reference=sum(map(len, p.right)), extractor=by, params=params)
+                  n_reference=sum(map(len, p.right)), extractor=by, params=params, noun='texts')
 
 # %% ../../nbs/61_metrics.text.ipynb #ec945f40
 def word(
