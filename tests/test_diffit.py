@@ -9,7 +9,7 @@ from diffnb.models.diffit import TMSA, DiffiT, DiffiTBlock, ResBlock, diffit_cif
 from diffnb.models.diffit_latent import MapBlock, SwishNorm, diffit_latent, diffit_latent_tiny, diffit_xl_2_256, diffit_xl_2_512
 from diffnb.models.layers import attend, sinusoid
 
-NAMES = ['diffit_cifar10', 'diffit_fashion', 'diffit_ffhq64', 'diffit_tiny']
+NAMES = ['diffit_cifar10', 'diffit_emoji', 'diffit_fashion', 'diffit_ffhq64', 'diffit_tiny']
 TABLES = [(diffit_ffhq64, (4,4,4,4)), (diffit_ffhq64, (1,2,2,2)), (diffit_cifar10, (4,4,4)), (diffit_cifar10, (2,2,2))]
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -135,7 +135,7 @@ def test_presets(name):
     assert presets('denoiser')[name].__name__==name
     with torch.device('meta'): net = create(name)
     assert net.preset==dict(kind='denoiser', name=name, kw={})
-    if name in ('diffit_tiny', 'diffit_fashion'):
+    if name in ('diffit_tiny', 'diffit_fashion', 'diffit_emoji'):
         net = create(name)
         x,t,cond = net.demo(3)
         y = net(x, t, **cond)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TMSA', 'DiffiTBlock', 'ResBlock', 'conv3', 'group_norm', 'each_stage', 'plan', 'DiffiT', 'diffit_ffhq64',
-           'diffit_cifar10', 'diffit_tiny', 'diffit_fashion']
+           'diffit_cifar10', 'diffit_tiny', 'diffit_fashion', 'diffit_emoji']
 
 # %% ../../nbs/21_models.diffit.ipynb #1b84ec9c
 import math
@@ -249,3 +249,12 @@ def diffit_fashion(
 ):
     "DiffiT for Fashion-MNIST at 28x28 that two CPU cores train in minutes."
     return DiffiT(28, 1, (32,64), (1,2), (7,0), (1,2), 2, dt=128, mlp=2., classes=classes, scale=scale)
+
+@preset('denoiser')
+def diffit_emoji(
+    vec:int=384,      # length of a caption's vector: MiniLM's
+    classes:int=0,    # labels too, if any
+    scale:float=250., # of the time embedding
+):
+    "DiffiT for emoji at 32x32, told what to draw by one vector."
+    return DiffiT(32, 3, (48,96), (1,2), (8,0), (1,3), 2, dt=192, mlp=2., classes=classes, vec=vec, scale=scale)
