@@ -146,7 +146,7 @@ def check_keys(
 class System:
     "What is trained on what, and what is done with it."
     kinds:dict[str,str]  # key -> kind of preset, beside `PARTS`
-    start:dict           # key -> what it is where a recipe leaves it at null
+    start:dict           # key -> what it is where a recipe leaves it at null, or a function of the tree
     metric:str           # kind of preset that `eval.metrics` names
     transforms:dict[str,Callable] # name -> `(batch, rng, **kw) -> batch`
     suffixes:tuple[str,...] # of files that samples can be written to, the usual one first
@@ -213,14 +213,14 @@ def recipe_parser():
 
 def filled(
     tree:dict,  # complete, of the right types
-    start:dict, # key -> what it is where nothing is said
+    start:dict, # key -> what it is where nothing is said, or a function of the tree
 )->dict:
     "The tree with what a system thinks best in place of null."
     out = {k: dict(v) if isinstance(v, dict) else v for k,v in tree.items()}
     for where,v in start.items():
         *up, k = where.split('.')
         at = out[up[0]] if up else out
-        if at[k] is None: at[k] = v
+        if at[k] is None: at[k] = v(tree) if callable(v) else v
     return named(out)
 
 def merge(
