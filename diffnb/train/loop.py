@@ -120,7 +120,7 @@ def train_step(
     weights = [w for g in run.opt.param_groups for w in g['params']]
     norm = clip_grad_norm_(weights, math.inf if clip is None else clip).item()
     ok = math.isfinite(loss) and math.isfinite(norm)
-    for g in run.opt.param_groups: g['lr'] = lr
+    for g in run.opt.param_groups: g['lr'] = lr*g.get('lr_share', 1.)
     if ok: scaler.step(run.opt)
     scaler.update()
     p.step, p.images, p.scaler = p.step+1, p.images+n, scaler.state_dict()
