@@ -28,7 +28,7 @@ from .core import expand, nearest
 from .grids import uniform
 from .process.gaussian import Gaussian
 from .rng import Rng
-from .samplers import ddim, sample
+from .samplers import ddim, sample, tokens_of
 
 # %% ../nbs/48_pipelines.ipynb #fa6b88b0
 def no_facts(
@@ -67,7 +67,6 @@ class Pipeline:
     w:float=7.5                   # usual weight of guidance; 1 is off
     size:tuple[int,int]=(512,512) # usual height and width
     unit:int=8                    # height and width are multiples of it
-    packed:int=1                  # latents in a token, for grids that depend on the number of tokens
     facts:Callable=no_facts       # (b, size, ...) -> what else the network is told
     joined:Callable|None=None     # (codec, image, mask) -> what lies beside the latents, for networks that paint
 
@@ -197,7 +196,7 @@ def outset(self:Pipeline,
     strength:float|None, # share of them that is walked
 )->tuple: # where to begin, the times that are left, and what `sample` holds
     "Begin with noise, or with a picture."
-    g = self.grid(self.process, steps, noise.shape[2]*noise.shape[3]//self.packed)
+    g = self.grid(self.process, steps, tokens_of(self.denoiser, noise.shape))
     alpha,sigma = self.process.schedule(g.t[0])
     pure = noise*(alpha**2+sigma**2).sqrt().item()
     if o.image is None:

@@ -371,3 +371,15 @@ with torch.no_grad():
     assert (decode(z)-v.decoder(z)).abs().max()<1e-4
 '''
     subprocess.run([sys.executable, '-c', code, backend], check=True, env={**os.environ, 'DIFFNB_TYPECHECK': '0'})
+
+def test_tokens():
+    "As many as attention sees of the picture: grids that shift by their number are told so."
+    from diffnb.grids import shifted_by_tokens, uniform
+    from diffnb.process.gaussian import Gaussian
+    from diffnb.samplers import sample
+    net, p, told = create('flux_tiny'), Gaussian('straight', 'flow'), []
+    x,t,cond = net.demo(2)
+    assert net.tokens((1, 16, 128, 128))==4096 and net.tokens(x.shape)==net.features(x, t, **cond).h.shape[1]
+    grid = shifted_by_tokens((4, .5), (64, 1.15))
+    list(sample(net, p, tuple(x.shape), 2, grid=lambda *a: told.append(a[2]) or grid(*a), cond=cond))
+    assert told==[net.tokens(x.shape)] and grid(p, 4, 16).t[1]!=grid(p, 4, 64).t[1]!=uniform()(p, 4).t[1]

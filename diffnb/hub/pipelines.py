@@ -48,7 +48,7 @@ def _flux_text(texts, index, net):
 
 def _flux_rest(net, f):
     dev,fill = net.guidance is not None,net.extra==net.ch+f*f
-    return dict(w=1., size=(1024,1024), unit=2*f, packed=4, facts=guidance_told if dev else no_facts,
+    return dict(w=1., size=(1024,1024), unit=2*f, facts=guidance_told if dev else no_facts,
                 joined=around_fine if fill else None)
 
 SD = Family('unet', 1, ('requires_safety_checker',), _sd_text, _sd_rest)

@@ -264,6 +264,13 @@ def null(self:Flux, x, keep=None, **cond)->tuple:
     return x, {k: torch.zeros_like(v) if k in ('ctx', 'vec') and v is not None else v for k,v in cond.items()}
 
 @patch
+def tokens(self:Flux,
+    shape:tuple, # of the latents, `(b,c,h,w)`
+)->int:
+    "Tokens of the picture, for grids that depend on their number."
+    return (shape[2]//2)*(shape[3]//2)
+
+@patch
 def demo(self:Flux, b:int=2, seed:int=0)->tuple:
     "Random valid inputs `(x, net_t, cond)`."
     g = torch.Generator().manual_seed(seed)
