@@ -36,19 +36,20 @@ def nil(
     c:Tensor|float, # a factor
 )->bool:
     "Whether it is the number 0, whose term need not be looked at."
-    return not torch.is_tensor(c) and c==0
+    return not isinstance(c, Tensor) and c==0
 
 def combine(
     *terms:tuple, # pairs of a factor, a number or a float64 tensor with x's axes, and a tensor
 )->Tensor:
     "The sum of factor times tensor; what has the factor 0 is not looked at."
-    sums = {} # by tensor: the same one may come twice
-    for c,x in terms: sums[id(x)] = (sums[id(x)][0]+c if id(x) in sums else c), x
-    kinds = {x.dtype for _,x in sums.values()}
-    kind = kinds.pop() if len(kinds)==1 else functools.reduce(torch.promote_types, kinds)
-    left = [(1., fit(c, x)*x) if torch.is_tensor(c) else (c, x) for c,x in sums.values() if not nil(c)]
+    sums, kind = {}, terms[0][1].dtype # by tensor: the same one may come twice
+    for c,x in terms:
+        k = id(x)
+        sums[k] = (sums[k][0]+c, x) if k in sums else (c, x)
+        if x.dtype is not kind: kind = torch.promote_types(kind, x.dtype)
+    left = [(1., fit(c, x)*x) if isinstance(c, Tensor) else (c, x) for c,x in sums.values() if not nil(c)]
     (a, x), *rest = left or [(0., terms[0][1])]
-    if x.dtype!=kind: x = x.to(kind)
+    if x.dtype is not kind: x = x.to(kind)
     if a!=1: out = a*x
     elif rest: out, rest = torch.add(x, rest[0][1], alpha=rest[0][0]), rest[1:]
     else: return x
@@ -64,15 +65,15 @@ class Est:
         logits:Tensor|None=None,  # log-probabilities over tokens, `(b,n,v)` (masked processes)
         logvar:Tensor|float|None=None, # where it is learned: the step's log-variance, as a share in [0,1] of its range
     ):
-        self.sums, self.logits, self.logvar = (x0, eps), logits, logvar
+        self.sums = [[(1., o)] if isinstance(o, Tensor) else o for o in (x0, eps)]
+        self.logits, self.logvar = logits, logvar
 
     def terms(self,
         x0:Tensor|float=0.,  # factor of the clean estimate
         eps:Tensor|float=0., # factor of the noise
     )->list: # pairs of a factor and a tensor
         "What adds up to this mixture of clean estimate and noise."
-        pairs = [(w, [(1., o)] if torch.is_tensor(o) else o) for w,o in zip((x0, eps), self.sums) if not nil(w)]
-        return [(w*c, x) for w,o in pairs for c,x in o]
+        return [(w*c, x) for w,o in zip((x0, eps), self.sums) if not nil(w) for c,x in o]
 
     @functools.cached_property
     def x0(self):

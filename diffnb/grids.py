@@ -176,6 +176,7 @@ def shifted(
 ):
     "Another grid's times, shifted once. On a table they fall between entries."
     base = create(base, kind='grid') if isinstance(base, str) else base
+    if shift==1: return base
     return gridded(lambda process, n, tokens: shift_time(base(process, n, tokens).t[:-1], shift))
 
 # %% ../nbs/14_grids.ipynb #ed50793b

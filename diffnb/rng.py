@@ -7,9 +7,10 @@ __all__ = ['SOURCE', 'NORMAL', 'UNIFORM', 'mulhi', 'philox', 'whole', 'Rng', 'So
            'cpu_rows', 'device_rows']
 
 # %% ../nbs/03_rng.ipynb #9c976f27
-import hashlib, json, math, operator, threading
+import hashlib, math, operator, threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from json.encoder import encode_basestring_ascii
 from typing import NamedTuple
 
 import numpy as np
@@ -80,7 +81,9 @@ def at(self:Rng,
     path = self.stream
     if stream and step is not None and self.step: path = f'{path}@{self.step}'
     if stream: path = f'{path}/{stream}' if path else stream
-    return replace(self, stream=path, step=self.step if step is None else step)
+    new = object.__new__(Rng) # what was checked once is not checked again
+    new.__dict__.update(self.__dict__, stream=path, step=self.step if step is None else whole(step, 'step'))
+    return new
 
 @patch
 def of(self:Rng,
@@ -95,7 +98,7 @@ def of(self:Rng,
 @patch
 def key(self:Rng)->UInt64[np.ndarray,'2']: # the key of Philox
     "128 bits from seed, stream and step."
-    name = json.dumps([self.seed, self.stream, self.step]).encode()
+    name = f'[{self.seed}, {encode_basestring_ascii(self.stream)}, {self.step}]'.encode() # JSON
     return np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), '<u8').astype(np.uint64)
 
 @patch
@@ -119,17 +122,19 @@ def words(
     n:int,             # words in a row
 )->UInt64[np.ndarray,'b n']: # row j depends on `rng`, `law` and `idx[j]`; a shorter row is the beginning of a longer
     "The words of each sample, from block 1 on."
-    idx, blocks = np.asarray(idx, np.uint64), -(-n//4)
     if n <= 32 and len(idx) > 100:
+        idx, blocks = np.asarray(idx, np.uint64), -(-n//4)
         counter = np.zeros((len(idx), blocks, 4), np.uint64)
         counter[..., 0], counter[..., 2], counter[..., 3] = 1 + np.arange(blocks), law, idx[:, None]
         return philox(counter, rng.key()).reshape(len(idx), 4*blocks)[:, :n]
     source, counter = SOURCE.philox, np.array([0, 0, law, 0], np.uint64)
     state = {**SOURCE.fresh, 'state': dict(key=rng.key(), counter=counter)}
-    out = np.empty((len(idx), n), np.uint64)
-    for row, i in zip(out, idx):
+    def row(i):
         counter[3] = i; source.state = state
-        row[:] = source.random_raw(n)
+        return source.random_raw(n)
+    if len(idx) == 1: return row(idx[0])[None] # without a copy
+    out = np.empty((len(idx), n), np.uint64)
+    for k, i in enumerate(idx): out[k] = row(i)
     return out
 
 # %% ../nbs/03_rng.ipynb #643613a5
@@ -149,12 +154,11 @@ def normals(
     "Pairs of normals from pairs of uniforms in (0,1] (Box and Muller 1958)."
     pairs = -(-n//2)
     w, f = (take(pairs).view(np.uint32), np.float32) if dtype == torch.float32 else (take(2*pairs), np.float64)
-    w = w.reshape(len(w), pairs, 2)
-    r, angle, z = w[..., 0].astype(f), w[..., 1].astype(f), np.empty(w.shape, f)
+    r, angle, z = w[:, ::2].astype(f), w[:, 1::2].astype(f), np.empty(w.shape, f)
     for u, scale in ((r, 1), (angle, 2*np.pi)): u += f(.5); u *= f(scale*2.**-(8*w.itemsize))
     np.log(r, out=r); r *= f(-2); np.sqrt(r, out=r)
-    np.multiply(r, np.cos(angle), out=z[..., 0]); np.multiply(r, np.sin(angle, out=angle), out=z[..., 1])
-    return np.ascontiguousarray(z.reshape(len(w), 2*pairs)[:, :n])
+    np.multiply(r, np.cos(angle), out=z[:, ::2]); np.multiply(r, np.sin(angle, out=angle), out=z[:, 1::2])
+    return z if n == 2*pairs else np.ascontiguousarray(z[:, :n])
 
 # %% ../nbs/03_rng.ipynb #5365d4ef
 class Law(NamedTuple):

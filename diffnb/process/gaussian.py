@@ -151,6 +151,7 @@ def halves(self:Gaussian,
     x:Tensor,   # what it was given
 )->tuple: # the output in x's shape; the share of the variance's range, in [0,1] if trained, or None
     "What the network gave, taken apart. ValueError if it has another shape than it should."
+    if self.learned is None and raw.shape==x.shape: return raw, None
     k = 1 if self.learned is None else 2
     if raw.ndim!=x.ndim or raw.shape[1:2]!=(k*x.shape[1],) or raw.shape[2:]!=x.shape[2:]:
         raise ValueError(f'the network gave {tuple(raw.shape)} for data of {tuple(x.shape)}'

@@ -127,12 +127,12 @@ def _check(shape, guide, w, known, keep, x, start):
 # %% ../../nbs/16_samplers.ipynb #1ba4bdb0
 def _walk(denoiser, process, step, call, hold_at, x, g, rng):
     "The loop itself. Gradients are off inside each step only: between steps the caller's own setting holds."
-    was, state = getattr(denoiser, 'training', False), {}
+    was, state, quiet = getattr(denoiser, 'training', False), {}, torch.no_grad()
     if was: denoiser.eval()
     try:
-        with torch.no_grad(): x = hold_at(x, 0)
+        with quiet: x = hold_at(x, 0)
         for i in range(len(g.t)-1):
-            with torch.no_grad(): x = hold_at(step(process, call, x, g, i, state, rng.at('sample', step=i)), i+1)
+            with quiet: x = hold_at(step(process, call, x, g, i, state, rng.at('sample', step=i)), i+1)
             yield x
     finally:
         if was: denoiser.train()
@@ -231,9 +231,9 @@ def ahead(
     points:list,   # `(alpha, sigma)` at up to three times: before, now, next
     est:Est,       # the estimate now
     prev:Est|None, # the one before
-    w:float,       # what the result is to be multiplied with
+    w:float,       # its factor
 )->list: # pairs of a factor and a tensor, which add up to it
-    "The clean estimate half a step of ln(alpha/sigma) ahead; as it is, where there is nothing to go by."
+    "`w` times the clean estimate half a step of ln(alpha/sigma) ahead; as it is, where there is nothing to go by."
     if len(points)<3 or prev is None or points[-1][1]==0: return [(w, est.x0)]
     past, now, then = (log_ratio(*o) for o in points)
     k = (then-now)/(now-past)/2
