@@ -266,3 +266,13 @@ def test_finished_gives_the_same_pictures():
     done = finished(codec, IMAGES.pixels[:50])
     a, b = (reconstructed(o, IMAGES.pixels[:8]).int() for o in (codec, done))
     assert (a-b).abs().max()<=1 and done.scale!=1. and codec.scale==1.
+
+def test_the_kept_run():
+    "Held-out emoji at 24 decibels or better, above a linear code of the same size, in every category too."
+    from pathlib import Path
+    from diffnb.bench import kept
+    rows = {r['what']: r for r in kept('vae', Path(__file__).resolve().parents[1]/'nbs/results')['rows']}
+    own = [r for k,r in rows.items() if k.startswith('vae: ')]
+    assert rows['vae']['n']==200==sum(r['n'] for r in own) and rows['vae']['value']>=24
+    assert rows['vae']['value']>rows['linear code']['value'] and min(r['value'] for r in own)>=24
+    assert abs(sum(r['value']*r['n'] for r in own)/200-rows['vae']['value'])<1e-6
