@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'same_recipe', 'train', 'drawer', 'run_recipe', 'as_yaml', 'Opened', 'weights', 'open_model', 'weigh',
-           'place', 'sample', 'note', 'evaluate', 'export', 'distill', 'listing', 'params', 'quickstart', 'more',
-           'main']
+           'with_adapter', 'place', 'sample', 'note', 'evaluate', 'export', 'distill', 'listing', 'params',
+           'quickstart', 'more', 'main']
 
 # %% ../nbs/71_cli.ipynb #c2a06eb1
 import inspect, json, signal, sys
@@ -20,6 +20,8 @@ from . import __version__
 from .commands import run, say_mistakes
 from .core import nearest, presets
 from .parts import check_part, dotted
+from .peft.core import switch
+from .peft.files import load_adapter
 from .recipes import PARTS, Recipe, build, check, consistent, identity, make, options, read, shipped
 from .recipes import system
 from .saving import load, load_into, save
@@ -128,6 +130,16 @@ def weigh(
     task.net.eval()
     return task
 
+def with_adapter(
+    net,            # the base
+    where:str|Path, # a folder that holds an adapter, or a run of `diffnb finetune`
+    scale:float=1., # how much it counts
+): # the network with the adapter in use
+    "Put an adapter on. FileNotFoundError if there is none, ValueError if it is for another base."
+    path = next((p for p in (Path(where), Path(where)/'adapter') if (p/'adapter.json').is_file()), None)
+    if path is None: raise FileNotFoundError(f'there is no adapter in {where}, as diffnb finetune writes it')
+    return switch(load_adapter(net, path, 'cli'), {'cli': scale}).eval()
+
 # %% ../nbs/71_cli.ipynb #78d4b076
 def place(
     out:str|None,        # as given
@@ -154,16 +166,18 @@ def sample(
     prompts:str|None=None,   # a file with a text a line
     negative:str|None=None,  # a text that guidance leads away from
     seed:int|None=None,      # of the noise
+    adapter:str|None=None,   # a folder that holds one, or a run of finetune
+    adapter_scale:float=1.,  # how much it counts
 )->int: # exit code
     "Draw samples."
-    m = open_model(where)
-    kind = system(m.recipe.system)
+    kind = system((m := open_model(where)).recipe.system)
     path, what = place(out, kind), (PARTS | kind.kinds)['sample.sampler']
-    part = sampler and check_part(sampler, what, presets(what), '--sampler')
-    given = dict(n=n, steps=steps, w=w, seed=seed, sampler=part)
+    def part(o): return o and check_part(o, what, presets(what), '--sampler')
+    given = dict(n=n, steps=steps, w=w, seed=seed, sampler=part(sampler))
     s = replace(m.recipe.sample, **{k: v for k,v in given.items() if v is not None})
     r = consistent(asdict(replace(m.recipe, sample=s)))
     task = weigh(m, s.average)
+    if adapter is not None: task.denoiser = with_adapter(task.denoiser, adapter, adapter_scale)
     asked = kind.ask(r, task, s, dict(y=y, prompt=prompt, prompts=prompts, negative=negative))
     kind.write(r, kind.draw(r, task, s, asked), asked, path)
     if path is not None: print(f'{path}: {s.n} samples')

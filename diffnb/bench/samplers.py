@@ -7,12 +7,14 @@ __all__ = ['TABLE', 'cases', 'SHAPES', 'twins', 'Traffic', 'moved', 'timed', 'no
 
 # %% ../../nbs/66_bench.samplers.ipynb #f5fc8d6f
 from collections.abc import Callable
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from . import keep, ratio
+from . import ratio, renew
 from ..core import need
 from ..hub.schedulers import sampling
 from ..rng import Rng
@@ -44,18 +46,19 @@ def twins(
     cls, kw = cases[name]
     s = getattr(need('diffusers', 'dev'), cls)(**kw)
     o = sampling(dict(s.config, _class_name=cls))
-    x, raw = Rng(1).normal(*shape), Rng(2).normal(*shape)
+    x, raws = Rng(1).normal(*shape), [Rng(i).normal(*shape) for i in range(2, 7)]
     scaled = getattr(s, 'scale_model_input', lambda y, t: y)
     def ours():
-        for y in sample(lambda x, t: raw, o.process, shape, steps=steps, step=o.step, grid=o.grid, x=x): pass
+        said = cycle(raws)
+        for y in sample(lambda x, t: next(said), o.process, shape, steps=steps, step=o.step, grid=o.grid, x=x): pass
         return y
     @torch.no_grad()
     def theirs():
         s.set_timesteps(steps)
-        y = x
+        y, said = x, cycle(raws)
         for t in s.timesteps:
             scaled(y, t)
-            y = s.step(raw, t, y).prev_sample
+            y = s.step(next(said), t, y).prev_sample
         return y
     return SimpleNamespace(ours=ours, theirs=theirs)
 
@@ -93,8 +96,7 @@ def timed(
 )->dict: # a row of the results
     "Ours over theirs, for whole trajectories."
     o, few = twins(name, shape, steps), max(1, 400//steps*4096//max(4096, torch.Size(shape).numel()))
-    return dict(what=f'{name}, {"x".join(map(str, shape))}, {steps} steps', most=1., case=name, shape=list(shape),
-                steps=steps, ratio=ratio(o.ours, o.theirs, pairs, repeat=few))
+    return dict(most=1., case=name, shape=list(shape), steps=steps, ratio=ratio(o.ours, o.theirs, pairs, repeat=few))
 
 def noise(
     shape:tuple,  # of the batch
@@ -103,16 +105,19 @@ def noise(
     "A keyed draw of noise over one from torch's generator."
     x, rng, g = torch.zeros(shape), Rng(0), torch.Generator()
     few = 200*4096//x.numel()
-    return dict(what=f'normals, {"x".join(map(str, shape))}', shape=list(shape),
-                ratio=ratio(lambda: rng.normal(like=x), lambda: torch.randn(shape, generator=g), pairs, repeat=few))
+    r = ratio(lambda: rng.normal(like=x), lambda: torch.randn(shape, generator=g), pairs, repeat=few)
+    return dict(shape=list(shape), ratio=r)
 
 def measure(
+    which:tuple|None=None,     # rows to be measured, by their name; None: all
     folder:Path|str='results', # where results are kept
     pairs:int=40,              # trajectories of each
-)->Path: # the file
+)->list[dict]: # the rows
     "All cases at both sizes, for 10 and 50 steps, on one thread."
     torch.set_num_threads(1)
-    rows = [timed(k, s, n, pairs) for k in cases for s in SHAPES for n in (10, 50)]
-    rows += [noise(s, pairs) for s in SHAPES]
+    sizes = {'x'.join(map(str, s)): s for s in SHAPES}
+    work = {f'{k}, {m}, {n} steps': partial(timed, k, s, n, pairs)
+            for k in cases for m,s in sizes.items() for n in (10, 50)}
+    work |= {f'normals, {m}': partial(noise, s, pairs) for m,s in sizes.items()}
     command = "python -c 'from diffnb.bench.samplers import measure; measure()'"
-    return keep('samplers', rows, command, ('diffusers', 'numpy'), folder)
+    return renew('samplers', work, command, ('diffusers', 'numpy'), which, folder)

@@ -172,13 +172,13 @@ def to_uint8(x:Float[Tensor,'*s'])->UInt8[Tensor,'*s']: # bytes
 # %% ../../nbs/50_data.images.ipynb #b11a56f0
 def resize(
     x:UInt8[Tensor,'b c h w'], # images
-    size:int,                  # of the shorter side
+    size:int|tuple[int,int],   # of the shorter side; or height and width
 )->UInt8[Tensor,'b c h2 w2']:
     "Antialiased cubic resampling; the identity where the size is right already."
-    h, w = x.shape[-2:]
-    if min(h, w)==size: return x
-    hw = [max(size, round(o*size/min(h, w))) for o in (h, w)]
-    return F.interpolate(x.float(), hw, mode='bicubic', antialias=True).round().clamp(0, 255).to(torch.uint8)
+    hw = tuple(x.shape[-2:])
+    new = size if isinstance(size, tuple) else tuple(max(size, round(o*size/min(hw))) for o in hw)
+    if new==hw: return x
+    return F.interpolate(x.float(), new, mode='bicubic', antialias=True).round().clamp(0, 255).to(torch.uint8)
 
 def center_crop(
     x:UInt8[Tensor,'b c h w'], # images
