@@ -54,6 +54,8 @@ def test_it_goes_on(made, capsys):
 def test_options_and_the_whole_network(made, capsys):
     assert ask(['finetune', 'tiny.yaml', '--base', 'base', '--adapter', '{name: lora, rank: 2}', '--out', 'two'], capsys)[0]==0
     assert min(min(v.shape) for v in load_tensors('two/adapter/adapter.safetensors')[0].values())==2
+    code, _, err = ask(['finetune', 'tiny.yaml', '--base', 'base', '--adapter', '{name: lora, rnak: 2}', '--out', 'no'], capsys)
+    assert code==2 and "did you mean 'rank'" in err and not Path('no').exists()
     assert ask('finetune tiny.yaml --base base --adapter full --out f', capsys)[0]==0
     assert ask('sample f/weights --out f.npz', capsys)[0]==0 and ask('sample base --out p.npz', capsys)[0]==0
     assert not same(numbers('f.npz'), numbers('p.npz'))

@@ -143,8 +143,8 @@ def plot_methods(
     "Accuracy over what is trained."
     ax.axhline(base, color='.6', lw=1, ls='--')
     for r in rows:
-        ax.errorbar(r['parameters'], r['accuracy'], r['sd'], fmt='o', ms=4, capsize=2)
-        ax.annotate(r['what'], (r['parameters'], r['accuracy']), (4, 4), textcoords='offset points', fontsize=7)
+        ax.errorbar(r['parameters'], r['accuracy'], r['sd'], fmt='o', ms=4, capsize=2, alpha=.8, label=r['what'])
+    ax.legend(loc='center left', bbox_to_anchor=(1, .5), fontsize=7)
     ax.set(xscale='log', xlabel='numbers that are trained', ylabel='right, per cent')
 
 def measure(
