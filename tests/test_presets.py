@@ -1,5 +1,6 @@
 "Every preset keeps its kind's promise. A new one is found by its kind and needs no line here."
-import inspect, math
+import atexit, functools, inspect, math, shutil, tempfile
+from pathlib import Path
 import pytest, torch
 from torch import nn
 from diffnb import core
@@ -7,6 +8,7 @@ from diffnb.core import Denoiser, Feats, create, preset, presets
 from diffnb.grids import Grid, uniform
 from diffnb.process.gaussian import Gaussian, predictions
 from diffnb.rng import Rng
+from diffnb.saving import save
 from diffnb.schedules import Schedule
 
 F64 = torch.float64
@@ -252,11 +254,19 @@ def test_guide(name):
         assert not torch.equal(f(w=3.)(Toy(), cond)(x, t), want)
 
 # --- codecs ---
+@functools.cache
+def folder():
+    "A codec in a folder, for presets that open one."
+    path = Path(tempfile.mkdtemp())/'codec'
+    atexit.register(shutil.rmtree, path.parent)
+    save(create('vae_tiny', 'codec'), path)
+    return str(path)
+
 @each('codec')
 def test_codec(name):
     "Images or tokens that are encoded and decoded come back, as exactly as the preset claims (`lossy`: the largest error)."
     f = presets('codec')[name]
-    kw = {k: v for k,v in dict(vocab=8, dim=16).items() if k in inspect.signature(f).parameters}
+    kw = {k: v() for k,v in dict(vocab=lambda: 8, dim=lambda: 16, path=folder).items() if k in inspect.signature(f).parameters}
     g, suits = torch.Generator().manual_seed(0), 0
     with torch.no_grad():
         for x in (torch.randint(256, (3, 3, 16, 16), generator=g, dtype=torch.uint8), torch.randint(8, (3, 16), generator=g)):

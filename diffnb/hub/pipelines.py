@@ -121,7 +121,7 @@ def load_pipeline(
     return Pipeline(net, s.process, vae, conditioner, s.step, grid, **more)
 
 # %% ../../nbs/49_hub.pipelines.ipynb #bc753404
-@preset('codec')
+@preset('codec', lossy=255)
 def stored_codec(
     path:str,            # a folder of ours or of diffusers, or a run
     part:str|None=None,  # a folder within, such as 'vae'
