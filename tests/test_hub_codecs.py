@@ -10,7 +10,7 @@ def test_all_are_saved():
     "Every codec of the package is among those below, or is a larger one of the same class."
     known = {type(create(n, kind='codec', **kw)) for n,kw in TINY.items()}
     with torch.device('meta'): made = {n: type(create(n, kind='codec', **TINY.get(n, {}))) for n,f in presets('codec').items()
-                                       if inspect.unwrap(f).__module__.startswith('diffnb.')}
+                                       if inspect.unwrap(f).__module__.startswith('diffnb.') and 'path' not in inspect.signature(f).parameters} # those open a folder
     assert set(made.values())<=known and len(made)>4
 
 @pytest.mark.parametrize('name', TINY)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from diffnb import save
+from diffnb import create, save
 from diffnb.cli import main, open_model, weigh
 from diffnb.codec.vae import vae_tiny
 from diffnb.recipes import build, check, read
@@ -115,6 +115,11 @@ def test_mistakes(words, here, capsys):
     code, out, err = ask(argv, capsys)
     assert code==2 and WRONG[' --data.transforms='.join([*words, last])] in err, err
     assert not Path('runs').exists() and not Path('kept').exists()
+
+def test_a_run_of_a_codec_means_its_finished_one(tmp_path):
+    "Beside the raw weights a run keeps a codec whose latents have spread 1: that one is opened."
+    for k,z in (('.', 4), ('codec', 3)): save(create('vae_tiny', 'codec', z=z), (tmp_path/'run'/k).resolve())
+    assert [create('stored_codec', 'codec', path=str(tmp_path/k)).z for k in ('run', 'run/codec')]==[3, 3]
 
 def test_a_prompt_for_a_model_that_reads_none(here, capsys):
     assert 'reads no text' in ask('sample fashion --prompt shoe --out x.png', capsys)[2]

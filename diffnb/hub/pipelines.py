@@ -123,10 +123,11 @@ def load_pipeline(
 # %% ../../nbs/49_hub.pipelines.ipynb #bc753404
 @preset('codec', lossy=255)
 def stored_codec(
-    path:str,            # a folder of ours or of diffusers, or a run
+    path:str,            # a folder of ours or of diffusers, or a run that trained a codec
     part:str|None=None,  # a folder within, such as 'vae'
 ):
-    "A codec that others have trained: frozen."
+    "A codec that others have trained: frozen. Of a run, the finished one, whose latents have spread 1."
+    if part is None and (Path(path)/'codec').is_dir(): part = 'codec' # see `keep_codec`
     return load_folder(path, part).requires_grad_(False)
 
 @preset('conditioner')
