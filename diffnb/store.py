@@ -25,9 +25,13 @@ def fsync(path:str|PathLike)->None: # a file or a folder
     finally: os.close(fd)
 
 @contextmanager
-def held(path:str|PathLike)->Iterator[bool]: # False: another process holds it, or the file system knows no locks
+def held(
+    path:str|PathLike, # a file or a folder
+    make:bool=False,   # a file, which is made if it is not there
+)->Iterator[bool]: # False: another process holds it, it has gone, or the file system knows no locks
     "Hold a lock on a file or folder that ends with this process at the latest."
-    fd = os.open(path, os.O_RDONLY)
+    try: fd = os.open(path, os.O_RDONLY | (os.O_CREAT if make else 0), 0o666)
+    except FileNotFoundError: yield False; return
     try:
         try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); mine = True
         except OSError: mine = False
@@ -49,8 +53,7 @@ def write_file(path:str|PathLike)->Iterator[Path]: # the file to write instead
     path = Path(path)
     temp = beside(path, 'tmp')
     try:
-        temp.touch()
-        with held(temp):
+        with held(temp, make=True):
             yield temp
             fsync(temp); os.replace(temp, path); fsync(path.parent)
     except BaseException:
@@ -88,7 +91,9 @@ def save_json(
 def load_json(path:str|PathLike): # what was saved
     "Read JSON. `Damaged`, with the file and the place, where it is not JSON of finite numbers, or more than 64 MiB."
     if (size := os.path.getsize(path)) > 2**26: raise Damaged(f'{path}: {size} bytes are too many for a JSON file')
-    try: check_plain(o := json.loads(Path(path).read_bytes()))
+    raw = Path(path).read_bytes()
+    if raw.count(b',') > 2**20: raise Damaged(f'{path}: more than a million values')  # [] has 2 bytes here, then 64
+    try: check_plain(o := json.loads(raw))
     except (ValueError, RecursionError) as e: raise Damaged(f'{path}: not valid JSON: {e}') from None
     return o
 
@@ -259,20 +264,24 @@ def prune(
     return gone
 
 # %% ../nbs/04_store.ipynb #780496ed
-def sweep(root:str|PathLike)->list[tuple[Path,str]]: # what was done to what
+def sweep(
+    root:str|PathLike, # where files and folders are written
+    name:str|None=None, # of one of them; None is all
+)->list[tuple[Path,str]]: # what was done to what
     "Finish what dead writers have left: complete or undo replacements, remove the rest. Living writers are left alone."
     root, done = Path(root), []
-    for p, kind, token, name in leftovers(root):
-        temp, found = beside(root/name, 'tmp', token), locate(root/name)
-        if kind != 'old' or found == root/name: continue
+    def left(): return [o for o in leftovers(root) if name in (None, o[3])]
+    for p, kind, token, target in left():
+        temp, found = beside(root/target, 'tmp', token), locate(root/target)
+        if kind != 'old' or found == root/target: continue
         with held(temp if temp.exists() else p) as dead:
             if not dead: continue
-            if (root/name).exists(): os.rename(root/name, beside(root/name, 'del'))
-            os.rename(found, root/name); fsync(root)
-        done.append((root/name, 'replacement ' + ('completed' if found == temp else 'undone')))
-    for p, kind, _, name in leftovers(root):
+            if (root/target).exists(): os.rename(root/target, beside(root/target, 'del'))
+            os.rename(found, root/target); fsync(root)
+        done.append((root/target, 'replacement ' + ('completed' if found == temp else 'undone')))
+    for p, kind, _, target in left():
         with held(p) as dead:
-            if not dead or (kind == 'old' and not sound(root/name)): continue
+            if not dead or (kind == 'old' and not sound(root/target)): continue
             if p.is_dir(): shutil.rmtree(p, ignore_errors=True)
             else: p.unlink(missing_ok=True)
         done.append((p, 'removed'))
@@ -333,5 +342,5 @@ def load_tensors(
         if 'diffnb' not in note: return tensors, dict(note)
         note = json.loads(note['diffnb'])
         return tensors | {k: tensors[v] for k, v in note['alias'].items()}, dict(note['meta'])
-    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as e:
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise Damaged(f'{path}: {e!r}') from None

@@ -8,7 +8,7 @@ __all__ = ['Images', 'arrays', 'one_of', 'fashion_mnist', 'emoji', 'read_idx', '
            'only', 'random_crop', 'Stream', 'positions', 'Guarded', 'batches', 'from_workers', 'once']
 
 # %% ../../nbs/50_data.images.ipynb #74945b0f
-import functools, gzip, itertools, math, struct
+import functools, itertools, math, struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from ..core import preset
 from ..rng import Rng
+from ..saving import load_arrays, unpacked
 
 # %% ../../nbs/50_data.images.ipynb #0cb95dbe
 @dataclass(eq=False, repr=False)
@@ -85,7 +86,7 @@ def arrays(
     file:str, # in diffnb/datasets
 )->dict: # name -> array
     "The arrays of a file that ships with diffnb."
-    with np.load(files('diffnb')/'datasets'/file, allow_pickle=False) as z: return dict(z)
+    return load_arrays(files('diffnb')/'datasets'/file)
 
 def one_of(
     what:str,           # what is being chosen
@@ -127,8 +128,7 @@ def read_idx(
     path:Path, # .gz or plain
 )->UInt8[Tensor,'*s']:
     "The array in an idx file of bytes. ValueError where header and length disagree."
-    try: data = (gzip.decompress if path.suffix=='.gz' else bytes)(path.read_bytes())
-    except (OSError, EOFError) as e: raise ValueError(f'{path} cannot be unpacked ({e}): fetch it again') from None
+    data = unpacked(path)
     if len(data)<4 or data[:3]!=b'\0\0\x08': raise ValueError(f'{path} is not an idx file of bytes')
     start = 4+4*data[3]
     shape = struct.unpack(f'>{data[3]}I', data[4:start].ljust(start-4, b'\0'))

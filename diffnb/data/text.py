@@ -7,7 +7,7 @@ __all__ = ['ROLES', 'SPECIAL', 'Texts', 'read_snippets', 'movie_snippets', 'para
            'tokenizer', 'word_pieces', 'wordpiece', 'byte_pairs', 'train_tokenizer']
 
 # %% ../../nbs/51_data.text.ipynb #79be33ab
-import copy, csv, gzip, hashlib, io
+import copy, csv, hashlib, io
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core import need, preset
 from .images import one_of
+from ..saving import unpacked
 from ..store import load_json, save_json, write_file
 
 # %% ../../nbs/51_data.text.ipynb #dd65fff0
@@ -76,7 +77,7 @@ def read_snippets(
 )->list[dict]: # rows with `sentence`, `label`, `score`
     "The rows of the movie reviews that ship with diffnb."
     name = f'movie_snippets_{one_of("split", split, ["train", "test"])}.tsv.gz'
-    text = gzip.decompress((files('diffnb')/'datasets'/name).read_bytes()).decode()
+    text = unpacked(files('diffnb')/'datasets'/name).decode()
     return list(csv.DictReader(io.StringIO(text), delimiter='\t', quoting=csv.QUOTE_NONE))
 
 @preset('texts', classes=2)

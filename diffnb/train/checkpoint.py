@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['optimiser_state', 'restore_optimiser', 'Progress', 'facts', 'recipe_hash', 'leading', 'still', 'adapted', 'fits_base',
-           'save_checkpoint', 'put', 'load_checkpoint', 'flat', 'same_run', 'resume', 'alone', 'checkpoint_in',
-           'load_weights', 'completed', 'load_denoiser', 'load_adapted']
+           'save_checkpoint', 'settle', 'put', 'load_checkpoint', 'flat', 'same_run', 'resume', 'alone',
+           'checkpoint_in', 'load_weights', 'completed', 'load_denoiser', 'load_adapted']
 
 # %% ../../nbs/54_train.checkpoint.ipynb #895477fc
-import fcntl, hashlib, json, platform
+import fcntl, hashlib, json, platform, sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,7 +22,7 @@ from ..peft.files import base_of, rebuilt, recorded, same_base
 from ..rng import Rng
 from ..saving import load, load_into
 from ..store import check_folder, load_json, load_tensors, newest, point, prune
-from ..store import save_json, save_tensors, write_folder
+from ..store import save_json, save_tensors, sound, write_folder
 from .ema import EMA
 
 # %% ../../nbs/54_train.checkpoint.ipynb #f3fdc46b
@@ -145,9 +145,17 @@ def save_checkpoint(
         save_json(tmp/'optim.json', rest)
         save_json(tmp/'state.json', state)
         if made: save_json(tmp/'config.json', dict(dict(format=1, kind='denoiser'), **made))
-    point(folder, path.name)
-    prune(folder, max(2, keep))
+    settle(folder, path.name, keep)
     return path
+
+def settle(
+    folder:Path|str, # of the run
+    name:str,        # of its newest checkpoint
+    keep:int=2,      # complete checkpoints to keep, at least 2
+)->None:
+    "Let `latest` name a checkpoint and delete old ones: what a run that was killed after a save still has to do."
+    point(folder, name)
+    prune(folder, max(2, keep))
 
 # %% ../../nbs/54_train.checkpoint.ipynb #72623f87
 def put(
@@ -215,6 +223,7 @@ def resume(
     emas:dict[str,EMA],        # get theirs
     rng:Rng,                   # of the run
     recipe:dict|None=None,     # must be the recipe that it was started with
+    keep:int=2,                # complete checkpoints to keep, at least 2
 )->tuple[Progress,list[str]]: # where the run is, and what there is to say about it
     "Go on from the newest whole checkpoint, or start; ValueError for another recipe or seed, or if all are damaged."
     path, passed_over = newest(folder)
@@ -229,7 +238,9 @@ def resume(
     for k in ('torch', 'diffnb'):
         was = state['facts'][k]
         if was!=here[k]: notes.append(f'{k} was {was} and is {here[k]}: the same run, but not to the bit')
-    return load_checkpoint(path, net, opt, emas), [*notes, f'going on from {path.name}']
+    progress = load_checkpoint(path, net, opt, emas)
+    if sound(Path(folder)/path.name): settle(folder, path.name, keep)
+    return progress, [*notes, f'going on from {path.name}']
 
 # %% ../../nbs/54_train.checkpoint.ipynb #eeb224a2
 @contextmanager
@@ -257,6 +268,7 @@ def checkpoint_in(
     if path is None:
         why = '; '.join(f'{Path(p).name}: {w}' for p,w in passed_over)
         raise FileNotFoundError(f'there is no complete checkpoint in {where}'+(f' ({why})' if why else ''))
+    for p,w in passed_over: print(f'passed over {Path(p).name}: {w}', file=sys.stderr)
     return path
 
 # %% ../../nbs/54_train.checkpoint.ipynb #772eeb90

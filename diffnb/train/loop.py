@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 from ..core import Loss, mean_loss, nearest
 from ..rng import Rng
+from ..saving import add_lines
 from ..store import sweep, write_file
 from .checkpoint import Progress, alone, resume, save_checkpoint
 from .ema import EMA, draw_samples, halflife
@@ -149,7 +150,7 @@ class Log:
         step:int,         # where it is: later rows are taken back
         bar:bool,         # show a bar
     ):
-        self.folder, self.window, self.clock, self.rows = folder, [], time.perf_counter(), []
+        self.folder, self.window, self.clock, self.rows, self.owed = folder, [], time.perf_counter(), [], {}
         if folder is not None:
             self.rows = [r for r in rows(folder) if r['step']<=step]
             text = ''.join(json.dumps(r)+'\n' for r in self.rows)
@@ -162,8 +163,11 @@ class Log:
         if not self.bar.disable: self.bar.write(text)
         if self.folder is not None: self.add('log.txt', f'{time.strftime("%F %T")} {text}')
     def add(self, name:str, line:str)->None:
-        "Append a line to a file."
-        with open(self.folder/name, 'a', encoding='utf-8') as f: f.write(line+'\n')
+        "Append a line to a file; what a full disk refuses goes with the next line."
+        lines = self.owed[name] = [*self.owed.get(name, ()), line]
+        try: add_lines(self.folder/name, lines)
+        except OSError: return
+        self.owed[name] = []
 
 # %% ../../nbs/55_train.loop.ipynb #0e29273b
 @patch
@@ -254,21 +258,23 @@ def begin(
     "Go on where the folder's run stopped, or start one."
     if run.folder is None: return []
     said = [f'{what}: {Path(p).name}' for p,what in sweep(run.folder)]
-    run.progress, notes = resume(run.folder, run.task.net, run.opt, run.emas, run.rng, run.recipe)
+    task, keep = run.task, run.options.keep
+    run.progress, notes = resume(run.folder, task.net, run.opt, run.emas, run.rng, run.recipe, keep)
     return said+notes
 
 def save(
     run:Run, # the run
     log:Log, # for what goes wrong
+    last:bool=False, # the run ends here
 )->None:
-    "Write a checkpoint. If that fails (a full disk), say so and train on; the third failure in a row is raised."
+    "Write a checkpoint. If that fails (a full disk), say so and train on; the third in a row is raised, and the last."
     if run.folder is None: return
     net, keep = run.task.net, run.options.keep
     try: run.saved = save_checkpoint(run.folder, net, run.opt, run.emas, run.progress, run.rng, run.recipe, keep)
     except OSError as e:
         run.failed += 1
         log.say(f'step {run.progress.step} could not be saved: {e}')
-        if run.failed>2: raise
+        if run.failed>2 or last: raise
     else: run.failed = 0
 
 def give_up(
@@ -334,5 +340,5 @@ def walk(
         if caught: break
     if log.window: log.row(p)
     if caught: run.stopped = caught[0]; log.say(f'{caught[0]}: stopping after step {p.step}')
-    if run.last is not None and p.step%o.save_every: save(run, log); tell('save')
+    if run.last is not None and (p.step%o.save_every or run.failed): save(run, log, last=True); tell('save')
     tell('end')
