@@ -19,10 +19,10 @@ import torch
 from . import __version__
 from .commands import run, say_mistakes
 from .core import nearest, presets
-from .parts import check_part, dotted
+from .parts import check_part, dotted, make
 from .peft.core import switch
 from .peft.files import load_adapter
-from .recipes import PARTS, Recipe, build, check, consistent, identity, make, options, read, shipped
+from .recipes import PARTS, Recipe, build, check, consistent, hooks, identity, options, read, shipped
 from .recipes import system
 from .saving import add_lines, load, load_into, save
 from .store import load_json, load_tensors, newest, save_tensors, sweep, write_file, write_folder
@@ -92,11 +92,13 @@ def run_recipe(
     folder:Path,  # of the run
 )->int: # exit code
     "Train, or go on."
-    b = build(r)
+    b, kept = build(r, folder), system(r.system).keep
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/'recipe.yaml').write_text(as_yaml(r), 'utf-8')
-    hooks = dict(step=every(r.train.sample_every, drawer(r))) if r.train.sample_every else None
-    run = fit(b.task, b.batches, r.train.steps, folder, b.rng, b.averages, hooks, identity(r), **options(r))
+    for name,text in {**(kept(r, b.task) if kept else {}), 'recipe.yaml': as_yaml(r)}.items():
+        with write_file(folder/name) as f: f.write_text(text, 'utf-8')
+    todo = hooks(r, b)
+    if r.train.sample_every: todo['step'] = [*todo.get('step', ()), every(r.train.sample_every, drawer(r))]
+    run = fit(b.task, b.batches, r.train.steps, folder, b.rng, b.averages, todo, identity(r), **options(r))
     if run.stopped:
         print(f'stopped by {run.stopped} after step {run.progress.step}; the same command goes on')
         return 128+signal.Signals[run.stopped]
@@ -113,6 +115,7 @@ class Opened(NamedTuple):
     "A trained model, not yet loaded."
     path:Path     # a checkpoint, or a folder of weights
     recipe:Recipe # what it was trained by
+    folder:Path   # what holds the recipe, and what a system keeps
 
 def weights()->dict[str,Path]: # name -> folder
     "The trained weights that come with diffnb."
@@ -128,14 +131,14 @@ def open_model(where:str|Path)->Opened: # a run, one of its checkpoints, or the 
         path = checkpoint_in(path)
         folder = path if (path/'recipe.yaml').exists() else path.parent # exported weights carry their recipe
     if not (folder/'recipe.yaml').is_file(): raise ValueError(f'{folder} has no recipe.yaml, as diffnb train writes it')
-    return Opened(path, consistent(read(folder/'recipe.yaml')))
+    return Opened(path, consistent(read(folder/'recipe.yaml')), folder)
 
 def weigh(
     m:Opened,             # as opened
     average:str|None='ema', # whose weights, of a run; None is the raw ones
 ): # the task, its networks in eval mode
     "The task of a recipe with its trained weights. ValueError if they do not fit."
-    task = system(m.recipe.system).task(m.recipe)
+    task = system(m.recipe.system).task(m.recipe, m.folder)
     if (m.path/'state.json').exists(): load_weights(m.path, task.net, average)
     elif (m.path/'config.json').exists(): load_into(task.net, load(m.path).state_dict(), str(m.path))
     else: load_into(task.net, load_tensors(m.path/'model.safetensors')[0], str(m.path))
@@ -235,12 +238,13 @@ def export(
     if path.exists(): raise ValueError(f'{path} exists: give another --out')
     name = average or m.recipe.sample.average
     task = weigh(m, name)
-    net, recipe = task.net, as_yaml(m.recipe)
-    if getattr(net, 'preset', None): save(net, path, {'recipe.yaml': recipe})
+    net, kept = task.net, system(m.recipe.system).keep
+    also = {**(kept(m.recipe, task) if kept else {}), 'recipe.yaml': as_yaml(m.recipe)}
+    if getattr(net, 'preset', None): save(net, path, also)
     else: # more than a denoiser was trained
         with write_folder(path) as folder:
             save_tensors(folder/'model.safetensors', net.state_dict())
-            (folder/'recipe.yaml').write_text(recipe, 'utf-8')
+            for k,v in also.items(): (folder/k).write_text(v, 'utf-8')
     print(f'{path}: {sum(p.numel() for p in net.parameters()):,} parameters, {name or "raw"} of {m.path.name}')
     return 0
 

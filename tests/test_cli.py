@@ -120,6 +120,30 @@ def test_session(here, capsys):
     assert code==0 and 'fid' in out and 'kid' in out
     assert [json.loads(o)['metric'] for o in Path('run/eval.jsonl').read_text().splitlines()]==['fid', 'kid']
 
+def test_what_is_kept_and_what_is_hooked(here, capsys, monkeypatch):
+    "A system's texts lie in the run, are there when its task is made again, and go along with exported weights; hooks of system and recipe are called."
+    from dataclasses import replace
+    from diffnb import core
+    from diffnb.recipes.images import images
+    seen, usual = [], images()
+    def task(r, folder=None):
+        seen.append(folder and (folder/'words.txt').exists())
+        return usual.task(r, folder)
+    def hooks(r, task, data): return dict(step=lambda run: seen.append(f'step {run.progress.step}'), end=[lambda run: seen.append('end')])
+    def counted(word:str='hook'): return lambda r, task, data: dict(step=lambda run: seen.append(f'{word} {run.progress.step}'))
+    known = {**core._presets, ('system', 'wordy'): lambda: replace(usual, task=task, keep=lambda r, task: {'words.txt': 'kept'}, hooks=hooks),
+             ('hook', 'counted'): counted}
+    monkeypatch.setattr(core, '_presets', known)
+    Path('wordy.yaml').write_text(TINY.replace('save_every: 2', 'save_every: 2, hooks: [{name: counted, word: recipe}]')+'system: wordy\n')
+    assert ask('train wordy.yaml --out run --train.steps=2', capsys)[0]==0
+    assert seen==[False, 'step 1', 'recipe 1', 'step 2', 'recipe 2', 'end']
+    assert ask('export run --out given', capsys)[0]==0 and Path('given/words.txt').read_text()=='kept'
+    assert ask('train wordy.yaml --out run --train.steps=3 --train.hooks=null', capsys)[0]==0 # hooks may change on the way
+    assert seen[6:]==[True, True, 'step 3', 'end']
+    assert ask('sample given --out a.png', capsys)[0]==0 and seen[-1] is True
+    code, out, err = ask('train tiny.yaml --weights=nowhere', capsys)
+    assert code==2 and 'weights: there is no folder nowhere' in err
+
 def test_a_learned_range(here, capsys):
     "The variance of a step is the network's, in training and in DDPM's steps."
     net = '{name: dit_tiny, size: 28, ch: 1, patch: 4, classes: 10, sigma: true}'

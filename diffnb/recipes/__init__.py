@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'FREE', 'Data', 'Process', 'Sample', 'Eval', 'Train', 'Distill', 'Recipe', 'shipped', 'read', 'check_keys',
-           'System', 'system', 'make', 'each_part', 'named', 'recipe_parser', 'filled', 'merge', 'check', 'there',
-           'consistent', 'check_numbers', 'ends', 'defaults', 'Built', 'fresh', 'build', 'transforms', 'options',
-           'identity']
+           'System', 'system', 'recipe_parser', 'filled', 'merge', 'check', 'there', 'consistent', 'check_numbers',
+           'ends', 'Built', 'fresh', 'build', 'transforms', 'options', 'hooks', 'identity']
 
 # %% ../../nbs/70_recipes.ipynb #c7cd3afa
 import inspect, json
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple, get_type_hints
 import torch
 from torch import nn
-from ..core import create, nearest, presets
-from ..parts import Part, check_part, dotted, one_line, read_yaml
+from ..core import nearest, presets
+from ..parts import Part, check_part, dotted, each_part, make, named, one_line, read_yaml
 from ..rng import Rng
 from ..train.task import seeded
 
@@ -33,6 +32,7 @@ class Data:
     tokenizer:Part|None=None         # texts: how they become tokens
     length:int|None=None             # texts: tokens of each, at most
     given:int|None=None              # plain texts: tokens at the start that are a prompt
+    room:int|None=None               # texts: tokens of a response, at most
     latents:str|None=None            # images: a folder for what the codec says of each
 
 @dataclass
@@ -86,7 +86,9 @@ class Train:
     sample_every:int|None=None       # steps between grids of samples; null is never
     patience:int=10                  # steps in a row that may fail to be finite
     device:str|None=None             # null is cuda where there is one
+    hooks:list[Part]|None=None       # what else is done on the way, see the presets of this kind
 
+# %% ../../nbs/70_recipes.ipynb #1bd4a7a5
 @dataclass
 class Distill:
     "How it is taught to take fewer steps, see `diffnb distill`."
@@ -99,6 +101,7 @@ class Recipe:
     "A whole experiment."
     model:Part                       # the network
     about:str=''                     # one line on what this is
+    weights:str|None=None            # a folder whose weights the network starts with; null is fresh ones
     system:str='images'              # what is trained on what
     data:Data=field(default_factory=Data)          # what is trained on
     codec:Part|None=None                           # data space <-> diffusion space
@@ -141,7 +144,7 @@ def check_keys(
             raise ValueError(f'{here} has keys of its own, such as {next(iter(dotted(t)))}, not {v!r}')
         if is_dataclass(t): check_keys(v, t, f'{here}.')
 
-# %% ../../nbs/70_recipes.ipynb #f63b9202
+# %% ../../nbs/70_recipes.ipynb #ba790b07
 @dataclass(frozen=True, eq=False)
 class System:
     "What is trained on what, and what is done with it."
@@ -152,13 +155,15 @@ class System:
     suffixes:tuple[str,...] # of files that samples can be written to, the usual one first
     out:str|None         # where samples go when nobody says; None: on the screen
     fits:Callable        # `recipe`: ValueError for parts that do not go together; opens nothing
-    task:Callable        # `recipe -> task`, with fresh weights
+    task:Callable        # `(recipe, folder) -> task`, with fresh weights; `folder` is None or has what `keep` gave
     data:Callable        # `(recipe, task) -> (data, batches)`, for `fit`
     ask:Callable         # `(recipe, task, sample, words) -> asked`: what is wanted of each sample; `words` are flags
     draw:Callable        # `(recipe, task, sample, asked) -> samples`
     write:Callable       # `(recipe, samples, asked, path)`: into a file; None: on the screen
     show:Callable        # `(recipe, task, folder)`: pictures of what a run has learnt
     measure:Callable     # `(recipe, task) -> (records, extra)`: numbers, and files by name to be kept with them
+    keep:Callable|None=None  # `(recipe, task) -> texts`, by file name, without which the weights are of no use
+    hooks:Callable|None=None # `(recipe, task, data) -> hooks` of `fit`: event -> function of the run, or list
 
 def system(name:str)->System: # of a preset
     "A system by name. ValueError with the nearest."
@@ -166,41 +171,13 @@ def system(name:str)->System: # of a preset
     if name not in known: raise ValueError(f'system: there is no {name!r}{nearest(name, known)}')
     return known[name]()
 
-# %% ../../nbs/70_recipes.ipynb #a8fdab59
+# %% ../../nbs/70_recipes.ipynb #05d7fe8e
 PARTS = {'model': 'denoiser', 'codec': 'codec', 'conditioner': 'conditioner', 'data.set': 'dataset',
          'data.transforms': 'transform', 'data.tokenizer': 'tokenizer', 'process.schedule': 'schedule',
          'process.weight': 'weight', 'process.learned': 'variance', 'train.times': 'times',
-         'train.optimiser': 'optimiser', 'train.lr': 'lr', 'train.averages': 'average', 'sample.sampler': 'sampler',
-         'sample.grid': 'grid', 'eval.extractor': 'extractor'} # key -> kind of preset, unless a system says otherwise
-
-def make(
-    kind:str,   # of preset
-    part:dict,  # checked
-):
-    "What a part stands for."
-    name, kw = part['name'], {k: v for k,v in part.items() if k!='name'}
-    try: return create(name, kind=kind, **kw)
-    except ValueError as e: raise ValueError(f'{name}: {e}') from None
-
-def each_part(
-    tree:dict,  # nested
-    f:Callable, # `(part, kind, where) -> part`
-    kinds:dict=PARTS, # key -> kind
-)->dict: # a tree with parts replaced
-    "Apply a function to every part that is there."
-    out = {k: dict(v) if isinstance(v, dict) else v for k,v in tree.items()}
-    for where,kind in kinds.items():
-        *up, k = where.split('.')
-        at = out.get(up[0], {}) if up else out
-        if at.get(k) is None: continue
-        if kind=='transform': at[k] = [f(o, kind, f'{where}[{i}]') for i,o in enumerate(at[k])]
-        elif kind=='average': at[k] = {n: f(o, kind, f'{where}.{n}') for n,o in at[k].items()}
-        else: at[k] = f(at[k], kind, where)
-    return out
-
-def named(tree:dict)->dict: # nested
-    "Names of presets as parts without arguments."
-    return each_part(tree, lambda v, kind, where: {'name': v} if isinstance(v, str) else v)
+         'train.optimiser': 'optimiser', 'train.lr': 'lr', 'train.averages': 'average', 'train.hooks': 'hook',
+         'sample.sampler': 'sampler', 'sample.grid': 'grid',
+         'eval.extractor': 'extractor'} # key -> kind of preset, unless a system says otherwise
 
 # %% ../../nbs/70_recipes.ipynb #658575f6
 def recipe_parser():
@@ -221,7 +198,7 @@ def filled(
         *up, k = where.split('.')
         at = out[up[0]] if up else out
         if at[k] is None: at[k] = v(tree) if callable(v) else v
-    return named(out)
+    return named(out, PARTS)
 
 def merge(
     tree:dict,                  # of a recipe, keys checked
@@ -229,21 +206,22 @@ def merge(
 )->dict: # complete, of the right types
     "Overrides, defaults and types. ValueError in one line."
     import jsonargparse
-    try: got = recipe_parser().parse_args([f'--config={json.dumps(named(tree))}', *overrides]).as_dict()
+    try: got = recipe_parser().parse_args([f'--config={json.dumps(named(tree, PARTS))}', *overrides]).as_dict()
     except jsonargparse.ArgumentError as e: raise ValueError(one_line(e)) from None
     s = system(got['system'])
     got = filled({k: v for k,v in got.items() if k!='config'}, s.start)
     def checked(v, kind, where): return check_part(v, kind, s.transforms if kind=='transform' else presets(kind), where)
     return each_part(got, checked, PARTS | s.kinds)
 
-# %% ../../nbs/70_recipes.ipynb #34741890
+# %% ../../nbs/70_recipes.ipynb #4ae0a567
 def check(
     tree:dict,                  # of a recipe, as written
     overrides:Sequence[str]=(), # such as '--train.steps=5'
 )->Recipe: # complete; every part a dict with its name
     "A recipe that can be run. ValueError or FileNotFoundError, in one line, for anything that is wrong with it."
     r = consistent(tree, overrides)
-    each_part(asdict(r), there)
+    each_part(asdict(r), there, PARTS | system(r.system).kinds)
+    if r.weights and not Path(r.weights).is_dir(): raise FileNotFoundError(f'weights: there is no folder {r.weights}')
     return r
 
 def there(
@@ -257,7 +235,7 @@ def there(
         raise FileNotFoundError(f'{where}.path: {path} is not there')
     return part
 
-# %% ../../nbs/70_recipes.ipynb #4ae0a567
+# %% ../../nbs/70_recipes.ipynb #d7e1910b
 def consistent(
     tree:dict,                  # of a recipe, as written
     overrides:Sequence[str]=(), # such as '--train.steps=5'
@@ -277,7 +255,7 @@ def check_numbers(r:Recipe)->None: # parts checked
     "ValueError for a number or word out of range."
     t, m = r.train, presets(system(r.system).metric)
     counts = [('train', k) for k in 'steps batch accumulate save_every keep log_every patience sample_every'.split()]
-    counts += [('sample', 'n'), ('sample', 'steps'), ('sample', 'batch'), ('eval', 'n'), ('data', 'length')]
+    counts += [('sample', k) for k in ('n', 'steps', 'batch')]+[('eval', 'n'), ('data', 'length'), ('data', 'room')]
     for part,k in [*counts, ('distill', 'n'), ('distill', 'until'), ('distill', 'steps')]:
         v = getattr(getattr(r, part), k)
         if v is not None and v<1: raise ValueError(f'{part}.{k} must be at least 1, not {v}')
@@ -297,13 +275,7 @@ def ends(r:Recipe)->Recipe: # parts checked
     end = max(r.train.steps*r.train.batch, 2*lr.get('warmup', 0)) # a short trial is all warm-up
     return replace(r, train=replace(r.train, lr={**lr, 'end': float(end)}))
 
-def defaults(
-    f:Callable, # a preset
-)->dict: # name -> value
-    "The defaults of a function."
-    return {k: p.default for k,p in inspect.signature(f).parameters.items()}
-
-# %% ../../nbs/70_recipes.ipynb #65d43eee
+# %% ../../nbs/70_recipes.ipynb #532a47e7
 class Built(NamedTuple):
     "What a recipe describes."
     task:object        # what is trained, see `DiffusionTask`
@@ -321,10 +293,14 @@ def fresh(
     device = torch.device(r.train.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     with seeded(Rng(r.train.seed).at('init'), torch.device('cpu')): return make(kind, part).to(device)
 
-def build(r:Recipe)->Built: # checked
+# %% ../../nbs/70_recipes.ipynb #adfb268b
+def build(
+    r:Recipe, # checked
+    folder:Path|None=None, # of the run, where it has one
+)->Built:
     "Make the task and open the data. ValueError if they turn out not to fit."
     s = system(r.system)
-    task = s.task(r)
+    task = s.task(r, folder)
     data, batches = s.data(r, task)
     return Built(task, data, batches, {k: make('average', v) for k,v in r.train.averages.items()}, Rng(r.train.seed))
 
@@ -338,8 +314,19 @@ def options(r:Recipe)->dict: # checked
     t, same = r.train, ('accumulate', 'clip', 'save_every', 'keep', 'log_every', 'patience')
     return dict(amp=t.amp and getattr(torch, t.amp), **{k: getattr(t, k) for k in same})
 
+def hooks(
+    r:Recipe, # checked
+    b:Built,  # from `build`
+)->dict[str,list]: # for `fit`
+    "What is done on the way: what the system wants, then what the recipe names."
+    makers, out = [system(r.system).hooks, *(make('hook', p) for p in r.train.hooks or ())], {}
+    for f in filter(None, makers):
+        for k,v in f(r, b.task, b.data).items():
+            out[k] = [*out.get(k, ()), *(v if isinstance(v, list | tuple) else [v])]
+    return out
+
 # %% ../../nbs/70_recipes.ipynb #c77351b2
-FREE = 'steps save_every keep log_every sample_every patience device'.split()
+FREE = 'steps save_every keep log_every sample_every patience device hooks'.split()
 
 def identity(r:Recipe)->dict: # checked
     "The part of a recipe that a run cannot change on the way."

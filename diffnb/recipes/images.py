@@ -17,8 +17,9 @@ from ..codec.latents import by_cache, by_codec
 from ..core import preset, presets
 from ..data.augment import edm_augment
 from ..data.images import batches, floats, hflip, once, only, random_crop, to_uint8
+from ..parts import defaults, make
 from ..process.gaussian import Gaussian
-from . import Recipe, Sample, System, defaults, fresh, make, transforms
+from . import Recipe, Sample, System, fresh, transforms
 from ..rng import Rng
 from ..samplers import sample as walk
 from ..train.task import DiffusionTask
@@ -94,7 +95,10 @@ def trained_by(r:Recipe)->dict: # checked
     t = r.train
     return dict(optimiser=make('optimiser', t.optimiser), lr=make('lr', t.lr))
 
-def task(r:Recipe)->DiffusionTask: # checked
+def task(
+    r:Recipe, # checked
+    folder:Path|None=None, # of a run; nothing is kept there but weights
+)->DiffusionTask:
     "Network, process, codec and conditioner, with fresh weights."
     codec, conditioner = (o and make(k, o) for k,o in (('codec', r.codec), ('conditioner', r.conditioner)))
     net = fresh(r, r.model)
