@@ -36,6 +36,8 @@ class Notebook:
         self.num = int(m[1]) if m else None # the index has no number
         self.exp = next((c.flags['default_exp'] for c in self.code if 'default_exp' in c.flags), None)
     @property
+    def walk(self): return self.num is not None and 80<=self.num<=86 # a walkthrough
+    @property
     def module(self): return f'diffnb.{self.exp.removesuffix(".__init__")}' if self.exp else None
 
 class Module:
@@ -93,7 +95,7 @@ def imports(tree, house, module=None):
 # --- names and order ---
 @rule
 def file_names(h):
-    "NN_dotted.module.ipynb exports dotted.module; no number twice; chapter 8 (walkthroughs) exports nothing."
+    "NN_dotted.module.ipynb exports dotted.module; no number twice; walkthroughs (80 to 86) export nothing."
     seen = {}
     for o in h.nbs:
         if o.name==h.cfg.get('readme_nb', 'index.ipynb'):
@@ -102,19 +104,19 @@ def file_names(h):
         if o.num is None or not re.fullmatch(r'\d\d_[a-z0-9_]+(\.[a-z0-9_]+)*', o.stem): yield f'{o.name}: not NN_dotted.module.ipynb'; continue
         if o.num in seen: yield f'{o.name}: {seen[o.num]} has that number'
         seen[o.num] = o.name
-        if o.num//10==8:
+        if o.walk:
             if o.exp: yield f'{o.name}: a walkthrough exports nothing'
         elif o.stem[3:]!=(o.exp or '').removesuffix('.__init__'): yield f'{o.name}: exports {o.exp}'
 
 @rule
 def import_order(h):
     """A notebook imports only from lower-numbered ones; the package itself, which offers everything, from chapter 7 on.
-    Chapter 9 holds parts that found no free number, so walkthroughs, which nothing imports, may use it."""
+    From 87 on are parts that found no free number, so walkthroughs, which nothing imports, may use them."""
     def bad(nb, name):
         if name=='diffnb': return nb.num is not None and nb.num<70
         to = h.by_module.get(name)
         if to is None: return name.startswith('diffnb.')
-        return nb.num is not None and to.num>=nb.num and not (nb.num//10==8 and to.num//10==9)
+        return nb.num is not None and to.num>=nb.num and not (nb.walk and to.num>86)
     for m in h.modules:
         for name,o in imports(m.tree, h, m):
             if bad(h.by_module[m.name], name): yield f'{m.rel}:{o.lineno} imports {name}'

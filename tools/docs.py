@@ -71,10 +71,12 @@ def process(src, dst):
     return src.name
 
 def sidebar(nbs):
-    "The pages by chapter: the tens digit of a notebook's number."
+    "The pages by chapter: the tens digit of a notebook's number, but walkthroughs end with 86."
     by = {}
     for o in nbs:
-        if m := re.match(r'(\d)\d_', o.name): by.setdefault(int(m[1]), []).append(Path(page(o)).with_suffix('.ipynb').name)
+        if m := re.match(r'(\d\d)_', o.name):
+            k = int(m[1])
+            by.setdefault(9 if k>86 else k//10, []).append(Path(page(o)).with_suffix('.ipynb').name)
     sections = [{'section': CHAPTERS[k], 'contents': v} for k,v in sorted(by.items())]
     return {'website': {'sidebar': {'contents': ['index.ipynb', *sections]}}}
 
