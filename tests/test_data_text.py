@@ -437,7 +437,7 @@ def test_squad_official(tmp_path):
 def test_shorten(tmp_path):
     f = write(tmp_path/'train.jsonl', [dict(document='one two\n three four', summary='short', id='1')])
     assert xsum(f).prompts==['article: one two\n three four summary:'] # nothing is cut in passing
-    assert xsum(f, shorten=dict(document=3)).prompts==['article: one two three summary:']
+    assert xsum(f, shorten=dict(document=3)).prompts==xsum(f, words=3).prompts==['article: one two three summary:']
 
 def test_values_are_not_templates(tmp_path):
     f = write(tmp_path/'a.jsonl', [dict(sentence='{label} {0} {{', label=1)])

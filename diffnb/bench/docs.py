@@ -8,15 +8,16 @@ __all__ = ['capped_rate', 'docs_lm', 'pairs', 'in_pairs', 'bound', 'given_half',
 # %% ../../nbs/95_bench.docs.ipynb #7efb5253
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from . import keep as keep_rows, ratio
-from .dimba import batches, held_out, losses, share, stream
-from ..core import create, expand
+from .dimba import losses, share
+from ..core import create, expand, preset
 from ..data.text import Tokenizer, python_docs, train_tokenizer
-from ..data.tokens import Tokens, pack, text_once
+from ..data.tokens import Tokens, held_out, pack, stream, text_once, window_batches
 from ..metrics.language import bound_on, generative, total, unigram
 from ..process.masked import Masked
 from ..rng import Rng
@@ -28,6 +29,7 @@ from ..train.task import DiffusionTask, cosine, seeded
 from ..weights import stratified
 
 # %% ../../nbs/95_bench.docs.ipynb #7e711be2
+@preset('token_weight')
 def capped_rate(
     most:float=4., # weight of a hidden token, at most
 )->Callable: # `(process, t, hidden) -> weights`
@@ -173,7 +175,7 @@ def measure(
     tok = train_tokenizer(texts.responses, vocab)
     ids, test = stream(texts, tok), pack(out, tok, n)
     task = docs_lm(tok, steps, size, **kw)
-    done = fit(task, batches(ids, n, 0, size, Rng(0)), steps, run, averages=dict(ema=halflife(100*size)),
+    done = fit(task, partial(window_batches, ids, size, Rng(0), n), steps, run, averages=dict(ema=halflife(100*size)),
                log_every=10, bar=False)
     net = averaged(task.net, done.emas['ema'])
     facts = dict(what='run', tokenizer=tok.id, vocab=len(tok), context=n, draws=draws*repeats, steps=steps, size=size,

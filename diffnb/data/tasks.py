@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['READERS', 'SPLITS', 'TASKS', 'sst2', 'qnli', 'mrpc', 'ag_news', 'squad', 'xsum', 'plain', 'content', 'from_jsonl',
            'from_json', 'squad_questions', 'table', 'from_parquet', 'from_text', 'split_files', 'read_records',
-           'hub_records', 'TextTask', 'field', 'class_of', 'turned', 'texts_of', 'load_task', 'news', 'pairs', 'known']
+           'hub_records', 'TextTask', 'field', 'class_of', 'fields', 'turned', 'texts_of', 'load_task', 'news', 'pairs',
+           'known']
 
 # %% ../../nbs/73_data.tasks.ipynb #3420d7de
 import csv, functools, gzip, io, itertools, json, string, zlib
@@ -205,6 +206,12 @@ def class_of(
     raise ValueError(f'unknown label {v!r}{nearest(text, [*range(len(names)), *names])}')
 
 # %% ../../nbs/73_data.tasks.ipynb #af18450f
+def fields(
+    task:TextTask, # how
+)->list[str]: # columns
+    "The fields that a prompt is made of."
+    return [k for _,k,_,_ in string.Formatter().parse(task.prompt) if k]
+
 def turned(
     task:TextTask,         # how
     row,                   # a record: a mapping, if all is well
@@ -213,8 +220,7 @@ def turned(
     "A record as prompt and response. ValueError says what is wrong with it."
     if not isinstance(row, Mapping): raise ValueError(f'no named fields, but {str(row)[:40]!r}')
     row = task.adapt(row) if task.adapt else row
-    names = [k for _,k,_,_ in string.Formatter().parse(task.prompt) if k]
-    prompt = task.prompt.format(**{k: field(row, k, shorten.get(k)) for k in names})
+    prompt = task.prompt.format(**{k: field(row, k, shorten.get(k)) for k in fields(task)})
     if task.words:
         k = class_of(field(row, task.response), task.words)
         word = '' if k<0 else list(task.words.values())[k]
@@ -300,11 +306,14 @@ def known(
     def made(
         path:str|Path|None=None, # local file or folder; None asks the hub
         split:str='train',       # 'train', 'validation', 'test'
-        **kw,                    # of `texts_of`: `shorten`, `skip_bad`
+        words:int|None=None,     # words that are kept of each field of the prompt; None: all
+        skip_bad:bool=False,     # leave out what cannot be used, and list it in `.skipped`
+        shorten:dict|None=None,  # words that are kept of one field, such as {'document': 300}
     )->Texts:
-        return load_task(TASKS[name], path, split, **kw)
+        cut = {**dict.fromkeys(fields(TASKS[name]), words), **(shorten or {})}
+        return load_task(TASKS[name], path, split, shorten=cut, skip_bad=skip_bad)
     made.__name__, made.__qualname__, made.__doc__ = name, name, about
-    return preset('texts', **facts)(made)
+    return preset('texts', held_out='validation', **facts)(made)
 
 sst2 = known('sst2', 'Sentiment of film reviews (Socher et al. 2013).', classes=2)
 qnli = known('qnli', 'Does the sentence answer the question? (Wang et al. 2019)', classes=2)
@@ -312,4 +321,4 @@ mrpc = known('mrpc', 'Do two sentences mean the same? (Dolan and Brockett 2005)'
 ag_news = known('ag_news', 'Topics of news (Zhang et al. 2015).', classes=4)
 squad = known('squad', 'Questions on Wikipedia, version 1.1 (Rajpurkar et al. 2016).', classes=0)
 xsum = known('xsum', 'Summaries of one sentence (Narayan et al. 2018).', classes=0)
-plain = known('plain', 'Plain text: paragraphs of .txt, or a column `text`.', classes=0)
+plain = known('plain', 'Plain text: paragraphs of .txt, or a column `text`.', classes=0, plain=True)

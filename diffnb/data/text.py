@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'SPECIAL', 'Texts', 'read_snippets', 'movie_snippets', 'paragraphs', 'python_docs', 'Tokenizer', 'with_roles',
-           'tokenizer', 'word_pieces', 'wordpiece', 'byte_pairs', 'train_tokenizer']
+           'tokenizer', 'word_pieces', 'wordpiece', 'byte_pairs', 'train_tokenizer', 'wordpieces', 'byte_level']
 
 # %% ../../nbs/51_data.text.ipynb #79be33ab
-import copy, csv, hashlib, io
+import copy, csv, hashlib, io, json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..core import need, preset
 from .images import one_of
-from ..saving import unpacked
-from ..store import load_json, save_json, write_file
+from ..saving import located, unpacked
+from ..store import load_json, write_file
 
 # %% ../../nbs/51_data.text.ipynb #dd65fff0
 @dataclass(eq=False, repr=False)
@@ -98,7 +98,7 @@ def paragraphs(
     "What stands between blank lines."
     return [p for o in text.split('\n\n') if (p := o.strip())]
 
-@preset('texts', classes=0)
+@preset('texts', classes=0, plain=True)
 def python_docs(
     split:str='train', # or 'test': a tenth of the topics
 )->Texts: # plain text, a topic each
@@ -169,10 +169,10 @@ def with_roles(
 
 @preset('tokenizer')
 def tokenizer(
-    path:str|Path, # folder with tokenizer.json or vocab.txt
+    path:str|Path, # folder with tokenizer.json or vocab.txt; `package:NAME/FOLDER` is in an installed package
 )->Tokenizer:
     "A pretrained tokenizer. FileNotFoundError where there is none, ValueError for a file that cannot be read."
-    lib, path = need('tokenizers', 'text'), Path(path)
+    lib, path = need('tokenizers', 'text'), located(path)
     file = next((f for n in ('tokenizer.json', 'vocab.txt') if (f := path/n).is_file()), None)
     if file is None: raise FileNotFoundError(f'{path} holds no tokenizer.json or vocab.txt: give the folder that does')
     known = [f for n in ('tokenizer_config', 'special_tokens_map') if (f := path/f'{n}.json').is_file()]
@@ -187,15 +187,21 @@ def tokenizer(
 
 # %% ../../nbs/51_data.text.ipynb #477ca05e
 @patch
+def as_files(self:Tokenizer)->dict[str,str]: # name -> text
+    "The tokenizer as the two files that `tokenizer` and other libraries read."
+    roles = dict(pad_token=self.pad, cls_token=self.start, sep_token=self.end, mask_token=self.mask)
+    names = {k: w for k,i in roles.items() if i is not None and (w := self.core.id_to_token(i)) is not None}
+    config = dict(tokenizer_class='PreTrainedTokenizerFast', **names)
+    return {'tokenizer.json': self.core.to_str(pretty=True), 'tokenizer_config.json': json.dumps(config, indent=1)}
+
+@patch
 def save(self:Tokenizer,
     path:str|Path, # of a folder
 ):
     "Write the tokenizer as a folder that `tokenizer` and other libraries read."
     Path(path).mkdir(parents=True, exist_ok=True)
-    with write_file(Path(path)/'tokenizer.json') as temp: self.core.save(str(temp))
-    roles = dict(pad_token=self.pad, cls_token=self.start, sep_token=self.end, mask_token=self.mask)
-    names = {k: w for k,i in roles.items() if i is not None and (w := self.core.id_to_token(i)) is not None}
-    save_json(Path(path)/'tokenizer_config.json', dict(tokenizer_class='PreTrainedTokenizerFast', **names))
+    for name,text in self.as_files().items():
+        with write_file(Path(path)/name) as temp: temp.write_text(text, 'utf-8')
 
 # %% ../../nbs/51_data.text.ipynb #dcd78f6b
 def word_pieces(
@@ -254,3 +260,20 @@ def train_tokenizer(
     texts = list(texts)
     if not any(o.strip() for o in texts): raise ValueError('a tokenizer is trained on texts, and there are none')
     return with_roles(how(texts, vocab), SPECIAL, 'the vocabulary')
+
+# %% ../../nbs/51_data.text.ipynb #343d575d
+@preset('tokenizer')
+def wordpieces(
+    vocab:int=2000,     # tokens, roles included
+    lower:bool=True,    # small letters without accents
+    alphabet:int=1000,  # characters at most, the most frequent ones
+)->Callable: # texts -> tokenizer
+    "A WordPiece vocabulary, trained on the spot."
+    return lambda texts: train_tokenizer(texts, vocab, wordpiece(lower, alphabet))
+
+@preset('tokenizer')
+def byte_level(
+    vocab:int=2000, # tokens, bytes and roles included
+)->Callable: # texts -> tokenizer
+    "A vocabulary of byte pairs, trained on the spot."
+    return lambda texts: train_tokenizer(texts, vocab, byte_pairs())

@@ -50,6 +50,11 @@ class Predictions:
         for i,o in enumerate(self.right):
             if not len(o): raise ValueError(f'prediction {i} has no right answer: leave it out')
     def __len__(self): return len(self.texts)
+    def lines(self)->str:
+        "As JSON, a line of facts and then a line for each prediction."
+        head, names = dict(source=self.source, classes=[*self.classes], secret=self.secret), 'prompt prediction right'
+        rows = zip(self.prompts or ['']*len(self), self.texts, map(list, self.right))
+        return ''.join(json.dumps(o)+'\n' for o in [head, *(dict(zip(names.split(), o)) for o in rows)])
 
 def predictions(
     texts:Texts,           # prompts, with what is right
@@ -64,13 +69,9 @@ def predictions(
 # %% ../../nbs/61_metrics.text.ipynb #02dd9e47
 @patch
 def save(self:Predictions,
-    path:str|Path, # of a .jsonl file
-):
-    "Write a line of facts and then a line for each prediction."
-    head = dict(source=self.source, classes=list(self.classes), secret=self.secret)
-    rows = [dict(prompt=p, prediction=t, right=list(r))
-            for p,t,r in zip(self.prompts or ['']*len(self), self.texts, self.right)]
-    with write_file(path) as temp: temp.write_text(''.join(json.dumps(o)+'\n' for o in [head, *rows]), 'utf-8')
+    path:str|Path): # of a .jsonl file
+    "Write the predictions as a .jsonl file."
+    with write_file(path) as temp: temp.write_text(self.lines(), 'utf-8')
 
 def load_predictions(
     path:str|Path, # of a .jsonl file
