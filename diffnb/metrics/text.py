@@ -52,9 +52,9 @@ class Predictions:
     def __len__(self): return len(self.texts)
     def lines(self)->str:
         "As JSON, a line of facts and then a line for each prediction."
-        head, names = dict(source=self.source, classes=[*self.classes], secret=self.secret), 'prompt prediction right'
+        head = dict(source=self.source, classes=[*self.classes], secret=self.secret)
         rows = zip(self.prompts or ['']*len(self), self.texts, map(list, self.right))
-        return ''.join(json.dumps(o)+'\n' for o in [head, *(dict(zip(names.split(), o)) for o in rows)])
+        return ''.join(json.dumps(o)+'\n' for o in [head, *(dict(prompt=p, prediction=t, right=r) for p,t,r in rows)])
 
 def predictions(
     texts:Texts,           # prompts, with what is right
@@ -85,8 +85,7 @@ def load_predictions(
             if k==1: o['source'], o['classes'], o['secret']
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f'{path}, line {k}: no prediction ({e!r}): write the file again') from None
-    head, rows = rows[0], rows[1:]
-    return Predictions(*map(list, zip(*rows)), **head) if rows else Predictions([], [], **head)
+    return Predictions(*map(list, zip(*rows[1:])), **rows[0]) if rows[1:] else Predictions([], [], **rows[0])
 
 def measured(
     metric:str,     # its name
