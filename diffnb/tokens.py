@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from .core import Denoiser
+from .core import Denoiser, preset
 
 # %% ../nbs/08_tokens.ipynb #867a3d1f
 def invert(
@@ -40,6 +40,7 @@ def draw(
     return 256*i+invert(inside, rest)[0]
 
 # %% ../nbs/08_tokens.ipynb #1f396851
+@preset('narrow')
 def narrow(
     temperature:float=1., # divides the logits; 0 leaves the most probable token, or several if equal
     k:int|None=None,      # keep the k most probable tokens, more if some are equal

@@ -20,6 +20,7 @@ from torch import nn
 from ..core import nearest, presets
 from ..parts import Part, check_part, dotted, each_part, make, named, one_line, read_yaml
 from ..rng import Rng
+from ..saving import located
 from ..train.task import seeded
 
 # %% ../../nbs/70_recipes.ipynb #3948bb03
@@ -53,6 +54,7 @@ class Sample:
     sampler:Part|None=None           # one step
     grid:Part='uniform'              # where the steps are
     w:float=1.                       # guidance weight; 1 is off
+    narrow:Part|None=None            # texts: what a token's chances are narrowed to before it is drawn
     average:str|None='ema'           # whose weights; null is the raw ones
     batch:int=64                     # at a time
     seed:int=0                       # of the noise
@@ -176,7 +178,7 @@ PARTS = {'model': 'denoiser', 'codec': 'codec', 'conditioner': 'conditioner', 'd
          'data.transforms': 'transform', 'data.tokenizer': 'tokenizer', 'process.schedule': 'schedule',
          'process.weight': 'weight', 'process.learned': 'variance', 'train.times': 'times',
          'train.optimiser': 'optimiser', 'train.lr': 'lr', 'train.averages': 'average', 'train.hooks': 'hook',
-         'sample.sampler': 'sampler', 'sample.grid': 'grid',
+         'sample.sampler': 'sampler', 'sample.grid': 'grid', 'sample.narrow': 'narrow',
          'eval.extractor': 'extractor'} # key -> kind of preset, unless a system says otherwise
 
 # %% ../../nbs/70_recipes.ipynb #658575f6
@@ -221,7 +223,8 @@ def check(
     "A recipe that can be run. ValueError or FileNotFoundError, in one line, for anything that is wrong with it."
     r = consistent(tree, overrides)
     each_part(asdict(r), there, PARTS | system(r.system).kinds)
-    if r.weights and not Path(r.weights).is_dir(): raise FileNotFoundError(f'weights: there is no folder {r.weights}')
+    w = r.weights
+    if w and not located(w).is_dir(): raise FileNotFoundError(f'weights: there is no folder {w}')
     return r
 
 def there(
@@ -231,7 +234,7 @@ def there(
 )->dict: # the part
     "A part, if the file it names is there; one for measuring may come later."
     path = part.get('path')
-    if path and kind!='extractor' and not Path(path).exists():
+    if path and kind!='extractor' and not located(path).exists():
         raise FileNotFoundError(f'{where}.path: {path} is not there')
     return part
 
