@@ -215,12 +215,13 @@ def window_batches(
     if not 0<=given<n<=len(ids):
         raise ValueError(f'windows of {n} tokens, {given} of them given, from {len(ids)} tokens: that cannot be')
     keep = (torch.arange(n)<given).expand(batch_size, -1)
-    for i in itertools.count(start, batch_size):
+    def batch(i):
         idx = torch.arange(i, i+batch_size)
         x = windows(ids, rng.at('window').of(idx).integers(len(ids)-n+1, batch_size), n)
-        batch = dict(x=x, keep=keep, idx=idx, cond={})
-        for f in transforms: batch = f(batch, rng.of(idx))
-        yield batch
+        out = dict(x=x, keep=keep, idx=idx, cond={})
+        for f in transforms: out = f(out, rng.of(idx))
+        return out
+    return map(batch, itertools.count(start, batch_size))
 
 # %% ../../nbs/64_data.tokens.ipynb #8afe2de0
 def forget(

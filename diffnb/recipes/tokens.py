@@ -6,7 +6,7 @@
 __all__ = ['is_plain', 'tokens_of', 'data', 'held_texts', 'open_texts', 'network', 'fit_together', 'vector_process',
            'masked_fits', 'vector_fits', 'sized', 'ready', 'masked_task', 'vector_task']
 
-# %% ../../nbs/88_recipes.tokens.ipynb #4fe95135
+# %% ../../nbs/88_recipes.tokens.ipynb #429e63ce
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..store import load_tensors
 from ..train.checkpoint import load_weights
 from ..train.task import DiffusionTask
 
-# %% ../../nbs/88_recipes.tokens.ipynb #732e81b7
+# %% ../../nbs/88_recipes.tokens.ipynb #d4357a10
 def is_plain(r:Recipe)->bool: # parts checked
     "Is it plain text, to go on with, or are there prompts and responses?"
     return bool(presets('texts')[r.data.set['name']].facts.get('plain'))
@@ -54,10 +54,11 @@ def data(
         tokens = encode(texts, task.tok, d.length, d.room, d.set.get('skip_bad', False))
         return tokens, partial(text_batches, tokens, r.train.batch, rng, workers=d.workers, transforms=transforms(r))
     tokens = pack(texts, task.tok, d.length)
-    return tokens, partial(window_batches, tokens.ids, r.train.batch, rng, d.length, d.given or 0,
-                           transforms=transforms(r))
+    batches = partial(window_batches, tokens.ids, r.train.batch, rng, d.length, d.given or 0, transforms=transforms(r))
+    batches() # says at once if the text is too short
+    return tokens, batches
 
-# %% ../../nbs/88_recipes.tokens.ipynb #365f5e8b
+# %% ../../nbs/88_recipes.tokens.ipynb #ae4b109a
 def held_texts(r:Recipe)->Texts: # checked
     "Texts that are not trained on."
     part, has = r.data.set, 'split' in defaults(presets('texts')[r.data.set['name']])
@@ -78,10 +79,10 @@ def open_texts(
     def room(o): return d.room if not plain else d.length-(d.given or len(o))
     return dict(prompts=list(prompts), given=ids, room=[room(o) for o in ids], narrow=None)
 
-# %% ../../nbs/88_recipes.tokens.ipynb #2180b222
+# %% ../../nbs/88_recipes.tokens.ipynb #6ed5821a
 def network(
     r:Recipe,    # parts checked
-    what:type,   # of the class of the network's input: `torch.long` or `torch.float32`
+    what:torch.dtype, # of what it reads: `torch.long` for tokens, `torch.float32` for vectors
 )->nn.Module: # without memory
     "The network on the meta device. ValueError for one that reads something else."
     with torch.device('meta'): net = make('denoiser', r.model)
@@ -115,7 +116,7 @@ def fit_together(
         if bad: raise ValueError(why)
     trained_by(r); make('times', r.train.times)
 
-# %% ../../nbs/88_recipes.tokens.ipynb #76c3f997
+# %% ../../nbs/88_recipes.tokens.ipynb #c570d415
 def vector_process(
     r:Recipe, # checked
     codec,    # of tokens
@@ -144,7 +145,7 @@ def vector_fits(r:Recipe)->None: # parts checked
     vector_process(r, token_codec(2, net.vec))
     fit_together(r, net)
 
-# %% ../../nbs/88_recipes.tokens.ipynb #4836f961
+# %% ../../nbs/88_recipes.tokens.ipynb #1f800a45
 def sized(
     r:Recipe,      # checked
     tok:Tokenizer, # its ids
@@ -164,8 +165,8 @@ def ready(
 )->DiffusionTask: # `tok` is its tokenizer
     "The task with its tokenizer, and the weights that it starts with. ValueError where these do not fit."
     task.tok = tok
-    there = folder is not None and any(Path(folder).glob(o) for o in ('model.safetensors', '*/manifest.json'))
-    if r.weights is None or there: return task
+    has = [] if folder is None else [*Path(folder).glob('model.safetensors'), *Path(folder).glob('*/manifest.json')]
+    if r.weights is None or has: return task
     where, net = located(r.weights), task.net
     if net is task.denoiser: load_into(net, load_folder(where).state_dict(), r.weights)
     elif (where/'model.safetensors').is_file(): load_into(net, load_tensors(where/'model.safetensors')[0], r.weights)
@@ -184,7 +185,7 @@ def masked_task(
     task = DiffusionTask(fresh(r, part), process, times=times, drop=r.train.drop, **trained_by(r))
     return ready(r, task, tok, folder)
 
-# %% ../../nbs/88_recipes.tokens.ipynb #3ace3387
+# %% ../../nbs/88_recipes.tokens.ipynb #e7553442
 def vector_task(
     r:Recipe,              # checked
     folder:Path|None=None, # of the run or the weights
