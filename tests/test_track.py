@@ -1,5 +1,5 @@
 "Hooks that watch a run: held-out loss, distances, TensorBoard and Weights & Biases."
-import json, shutil
+import json, shutil, time
 from dataclasses import replace
 from functools import partial
 import numpy as np, pytest, torch
@@ -181,7 +181,10 @@ def test_wandb_offline(tmp_path, monkeypatch):
     go(6, tmp_path, dict(step=drawn), track.wandb()(None, None, None))
     shutil.rmtree(tmp_path/'step-00000006') # killed: goes on from 4; 6 was sent already
     go(8, tmp_path, dict(step=drawn), track.wandb()(None, None, None))
-    got, ids = wandb_rows(tmp_path)
+    for _ in range(100): # its own process may write a moment longer
+        got, ids = wandb_rows(tmp_path)
+        if got[-1]['_step']==8: break
+        time.sleep(.2)
     losses = [(o['_step'], o['train/loss']) for o in got if 'train/loss' in o]
     assert losses==[(o['step'], o['loss']) for o in rows(tmp_path)] and [s for s,_ in losses]==[2, 4, 6, 8]
     assert [o['_step'] for o in got if 'samples' in o or any(k.startswith('samples') for k in o)]==[4, 8]
