@@ -6,7 +6,7 @@
 __all__ = ['command_parser', 'split', 'run', 'say_mistakes']
 
 # %% ../nbs/07_commands.ipynb #8dff642b
-import inspect, os, sys
+import inspect, os, sys, textwrap
 from collections.abc import Callable, Mapping, Sequence
 from fastcore.docments import docments
 from .core import nearest
@@ -89,6 +89,6 @@ def say_mistakes(
     except KeyboardInterrupt: code, text = 130, 'interrupted; the same command goes on from the last checkpoint'
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError) as e:
         if os.environ.get('DIFFNB_TRACEBACK'): raise
-        code, text = 2, ' '.join(str(e).split())
+        code, text = 2, textwrap.shorten(str(e), 1000, placeholder=' ...') or type(e).__name__
     print(f'diffnb: {text}', file=sys.stderr)
     return code

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['expand', 'fit', 'nil', 'combine', 'Est', 'Loss', 'mean_loss', 'Feats', 'Denoiser', 'preset', 'presets', 'nearest',
-           'create', 'need']
+           'at_most', 'create', 'need']
 
 # %% ../nbs/00_core.ipynb #8bb2da40
-import difflib, functools, importlib, inspect, pkgutil
+import difflib, functools, importlib, inspect, itertools, pkgutil
+from contextlib import contextmanager
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
@@ -183,12 +184,25 @@ def nearest(
     return f": there are {', '.join(map(str, words))}" if 0<len(words)<=12 else ''
 
 # %% ../nbs/00_core.ipynb #1c42bb2a
+@contextmanager
+def at_most(
+    n:int=50_000, # modules: dozens of times what the largest published model has
+):
+    "ValueError while a network of more modules is built: a depth of 10**9 would take years before memory ends."
+    count = itertools.count(1)
+    def look(*_):
+        if next(count)>n: raise ValueError(f'more than {n:,} modules')
+    hook = nn.modules.module.register_module_module_registration_hook(look)
+    try: yield
+    finally: hook.remove()
+
 def create(
     name:str,             # the preset's name
     kind:str='denoiser',  # what is wanted
     **kw,                 # handed to the preset
 ):
-    "Build a preset by name. ValueError for an unknown name, TypeError for an unknown argument, with the nearest known."
+    """Build a preset by name. ValueError for an unknown name, or for arguments of which nothing can be made; TypeError
+    for an unknown argument. Both name the nearest known."""
     if (kind, name) not in _presets: _import_all()
     known = [n for k,n in _presets if k==kind]
     if name not in known: raise ValueError(f'no {kind} is called {name!r}{nearest(name, known)}')
@@ -198,7 +212,10 @@ def create(
     if not any(p.kind==p.VAR_KEYWORD for p in ps):
         for k in kw:
             if k not in names: raise TypeError(f'{name} has no argument {k!r}{nearest(k, names)}')
-    return f(**kw)
+    try:
+        with at_most(): return f(**kw)
+    except (ArithmeticError, RuntimeError, MemoryError, AssertionError, LookupError) as e:
+        raise ValueError(f'{name} cannot be made so: {type(e).__name__}: {str(e):.200}') from e
 
 # %% ../nbs/00_core.ipynb #07f89067
 def need(

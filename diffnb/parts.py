@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Value', 'Part', 'LISTS', 'DICTS', 'one_line', 'words', 'one_of_types', 'typed', 'plain', 'check_part', 'make',
-           'defaults', 'each_part', 'named', 'read_yaml', 'dotted']
+           'defaults', 'each_part', 'named', 'plain_tree', 'read_yaml', 'container', 'dotted']
 
 # %% ../nbs/06_parts.ipynb #6b306d59
-import inspect
+import inspect, math
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 from .core import create, nearest
 
 # %% ../nbs/06_parts.ipynb #82cae69c
@@ -90,7 +90,8 @@ def check_part(
     kw = {'name': part} if isinstance(part, str) else dict(part)
     if 'name' not in kw: raise ValueError(f'{where} needs a name{nearest("", known)}')
     name = kw.pop('name')
-    if name not in known: raise ValueError(f'{where}: no {kind} is called {name!r}{nearest(name, known)}')
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f'{where}: no {kind} is called {name!r}{nearest(name, known)}')
     return {'name': name, **typed(known[name], kw, where, skip=('batch', 'rng'))}
 
 # %% ../nbs/06_parts.ipynb #9a1e3354
@@ -136,19 +137,56 @@ def named(
     return each_part(tree, lambda v, kind, where: {'name': v} if isinstance(v, str) else v, kinds)
 
 # %% ../nbs/06_parts.ipynb #3fb8b715
+def plain_tree(
+    tree:dict,      # from YAML, where an anchor may stand for a tree, or for itself
+    path:Path,      # of the file, for messages
+    most:int=10000, # values, each counted wherever it stands
+    deep:int=20,    # levels
+)->None:
+    "ValueError unless a tree is finite, of words and numbers that any machine can hold."
+    todo, n = [(tree, '', 0)], 0
+    while todo:
+        o, at, level = todo.pop()
+        n, where = n+1, f'{path}: {at[1:]}'
+        if n>most or level>deep: raise ValueError(f'{path}: more than {most} values, or more than {deep} levels')
+        if isinstance(o, dict):
+            for k in o:
+                if not isinstance(k, str): raise ValueError(f'{path}: the key {k!r:.80} is no word')
+            todo += [(v, f'{at}.{k}', level+1) for k,v in o.items()]
+        elif isinstance(o, list): todo += [(v, at, level+1) for v in o]
+        elif isinstance(o, int) and abs(o)>=2**63: raise ValueError(f'{where}: the number has too many digits')
+        elif isinstance(o, float) and not math.isfinite(o): raise ValueError(f'{where}: {o} is no finite number')
+        elif not isinstance(o, str | int | float | None):
+            raise ValueError(f'{where}: {o!r:.80} is neither word nor number: put it in quotes')
+
+# %% ../nbs/06_parts.ipynb #fdc73fde
 def read_yaml(
     path:Path, # of a file
     what:str,  # that it should hold, for messages
 )->dict: # as written
     "A tree of plain values. ValueError, in one line, for what is not."
     import yaml # jsonargparse brings it
+    if path.stat().st_size>2**20: raise ValueError(f'{path} is too long for a {what.split(",")[0]}')
     try: tree = yaml.safe_load(path.read_text(encoding='utf-8'))
     except UnicodeDecodeError: raise ValueError(f'{path} is not text') from None
     except yaml.YAMLError as e:
         line = f', line {e.problem_mark.line+1}' if getattr(e, 'problem_mark', None) else ''
         raise ValueError(f'{path}{line}: {getattr(e, "problem", None) or "not YAML"}') from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e: # a bad date, a wall of brackets
+        raise ValueError(f'{path}: not YAML of plain values: {e}') from None
     if not isinstance(tree, dict): raise ValueError(f'{path} holds no {what}')
+    plain_tree(tree, path)
     return tree
+
+def container(
+    annotation, # of a key
+    v,          # what was written there
+    where:str,  # the key
+)->None:
+    "ValueError where a dict or a list is to be, and something else is."
+    kinds = map(get_origin, get_args(annotation))
+    want = dict if get_origin(annotation) is dict else list if list in kinds else object
+    if not isinstance(v, want | None): raise ValueError(f'{where}: expected a {want.__name__}, not {v!r:.80}')
 
 def dotted(
     cls:type,      # a dataclass

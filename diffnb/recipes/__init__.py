@@ -18,7 +18,7 @@ from typing import NamedTuple, get_type_hints
 import torch
 from torch import nn
 from ..core import nearest, presets
-from ..parts import Part, check_part, dotted, each_part, make, named, one_line, read_yaml
+from ..parts import Part, check_part, container, dotted, each_part, make, named, one_line, read_yaml
 from ..rng import Rng
 from ..saving import located
 from ..train.task import seeded
@@ -137,13 +137,13 @@ def check_keys(
     prefix:str='',   # where we are
 )->None:
     "ValueError for a key that does not exist, with the nearest that does."
-    hints = get_type_hints(cls)
     near = sorted({*dotted(Recipe), *get_type_hints(Recipe)}, key=lambda k: not k.startswith(prefix))
     for k,v in tree.items():
-        here, t = f'{prefix}{k}', hints.get(k)
+        here, t = f'{prefix}{k}', get_type_hints(cls).get(k)
         if t is None: raise ValueError(f'a recipe has no key {here}{nearest(here, near)}')
         if is_dataclass(t) and not isinstance(v, dict):
-            raise ValueError(f'{here} has keys of its own, such as {next(iter(dotted(t)))}, not {v!r}')
+            raise ValueError(f'{here} has keys of its own, such as {next(iter(dotted(t)))}, not {v!r:.80}')
+        container(t, v, here)
         if is_dataclass(t): check_keys(v, t, f'{here}.')
 
 # %% ../../nbs/70_recipes.ipynb #ba790b07

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['optimiser_state', 'restore_optimiser', 'Progress', 'facts', 'recipe_hash', 'leading', 'still', 'adapted', 'fits_base',
-           'save_checkpoint', 'settle', 'put', 'load_checkpoint', 'flat', 'same_run', 'resume', 'alone',
+           'save_checkpoint', 'settle', 'put', 'load_checkpoint', 'read_state', 'flat', 'same_run', 'resume', 'alone',
            'checkpoint_in', 'load_weights', 'completed', 'load_denoiser', 'load_adapted']
 
 # %% ../../nbs/54_train.checkpoint.ipynb #895477fc
@@ -20,10 +20,11 @@ from ..core import create, nearest
 from ..peft.core import names, slots, switch
 from ..peft.files import base_of, rebuilt, recorded, same_base
 from ..rng import Rng
-from ..saving import load, load_into
-from ..store import check_folder, load_json, load_tensors, newest, point, prune
+from ..saving import load, load_fields, load_into
+from ..store import Damaged, check_folder, load_json, load_tensors, newest, point, prune
 from ..store import save_json, save_tensors, sound, write_folder
 from .ema import EMA
+from .task import alike
 
 # %% ../../nbs/54_train.checkpoint.ipynb #f3fdc46b
 def optimiser_state(
@@ -47,8 +48,7 @@ def restore_optimiser(
     "Give an optimiser its state back. ValueError if it has other groups or trains other parameters."
     name = {id(p): k for k,p in net.named_parameters()}
     mine = [[name[id(p)] for p in g['params']] for g in opt.param_groups]
-    if [sorted(g['names']) for g in rest['groups']]!=[sorted(o) for o in mine]:
-        raise ValueError('the optimiser of the checkpoint trains other parameters, or in other groups')
+    alike(rest, mine, opt)
     number = {k: i for i,k in enumerate(k for o in mine for k in o)}
     state = {i: dict(rest['rest'].get(k, {})) for k,i in number.items()}
     for k,v in tensors.items():
@@ -170,6 +170,7 @@ def put(
     if wrong: raise ValueError(f'{what} does not fit: {wrong[0]} is only there, only here, or of another shape')
     for k,v in tensors.items(): into[k].copy_(v)
 
+# %% ../../nbs/54_train.checkpoint.ipynb #841e41ad
 def load_checkpoint(
     path:Path|str,             # a checkpoint's folder
     net:nn.Module,             # gets the raw weights
@@ -178,7 +179,7 @@ def load_checkpoint(
 )->Progress: # where the run is
     "Read a checkpoint back. ValueError if it was made for another network, optimiser or set of averages."
     path = Path(path)
-    state = load_json(path/'state.json')
+    state = read_state(path)
     if state['averages']!=sorted(emas):
         raise ValueError(f'{path.name} holds the averages {state["averages"]}, and this run has {sorted(emas)}')
     fits_base(state, net, path.name)
@@ -191,6 +192,16 @@ def load_checkpoint(
         put(tensors, e, what, left)
     restore_optimiser(net, opt, load_tensors(path/'optim.safetensors')[0], load_json(path/'optim.json'))
     return Progress(**state['progress'])
+
+def read_state(
+    path:Path, # a checkpoint
+)->dict: # progress, facts, averages, parts, adapted, recipe
+    "What a checkpoint says of its run. `Damaged` if a field is missing or cannot be."
+    state, wants = load_fields(path/'state.json', progress=dict, facts=dict, averages=list), asdict(Progress())
+    p, f = state['progress'], state['facts']
+    if {k: type(v) for k,v in p.items()}=={k: type(v) for k,v in wants.items()} and f.keys()>={'seed', 'stream'}:
+        if all(v>=0 for v in p.values() if type(v) is int): return state
+    raise Damaged(f'{path}/state.json: no run comes to {p!s:.200}')
 
 # %% ../../nbs/54_train.checkpoint.ipynb #f18f8316
 def flat(
@@ -232,11 +243,11 @@ def resume(
     if path is None and found:
         raise ValueError(f'no checkpoint in {folder} is whole ({"; ".join(notes)}): move them away to start anew')
     if path is None: return Progress(), notes
-    state, here = load_json(path/'state.json'), facts(rng)
+    state, here = read_state(path), facts(rng)
     for k in ('seed', 'stream'): same_run({k: state['facts'][k]}, {k: here[k]}, Path(folder).name)
-    if recipe is not None and state['recipe'] is not None: same_run(state['recipe'], recipe, Path(folder).name)
+    if recipe is not None and state.get('recipe') is not None: same_run(state['recipe'], recipe, Path(folder).name)
     for k in ('torch', 'diffnb'):
-        was = state['facts'][k]
+        was = state['facts'].get(k)
         if was!=here[k]: notes.append(f'{k} was {was} and is {here[k]}: the same run, but not to the bit')
     progress = load_checkpoint(path, net, opt, emas)
     if sound(Path(folder)/path.name): settle(folder, path.name, keep)
@@ -280,7 +291,7 @@ def load_weights(
 )->Path: # the checkpoint
     "Load raw or averaged weights. ValueError for an average that is not there, and for weights that do not fit."
     path = checkpoint_in(where)
-    state = load_json(path/'state.json')
+    state = read_state(path)
     if average is not None and average not in state['averages']:
         raise ValueError(f'{path.name} has no average {average!r}{nearest(average, state["averages"])}')
     fits_base(state, net, path.name)
@@ -310,14 +321,13 @@ def load_denoiser(
 )->nn.Module: # in eval mode
     "Build the network that was trained, and load its weights. ValueError if it was not made by a preset."
     path = checkpoint_in(where)
-    state = load_json(path/'state.json')
+    state = read_state(path)
     if state.get('adapted'): return load_adapted(path, state, average, base).eval()
     if not (path/'config.json').exists():
         raise ValueError(f'{path.name} does not say which network it holds: build it, then use load_weights')
     if state.get('parts'):
-        config = load_json(path/'config.json')
-        net = create(config['name'], kind=config['kind'], **config['kw'])
-        load_weights(path, net, average, f'{config["kind"]}.')
+        c = load_fields(path/'config.json', kind=str, name=str, kw=dict)
+        load_weights(path, net := create(c['name'], kind=c['kind'], **c['kw']), average, f'{c["kind"]}.')
     else:
         net = load(path)
         if average is not None: load_weights(path, net, average)
