@@ -26,9 +26,9 @@ from .recipes import PARTS, Recipe, build, check, consistent, hooks, identity, o
 from .recipes import system
 from .saving import add_lines, load, load_into, save
 from .store import load_json, load_tensors, newest, save_tensors, sweep, write_file, write_folder
-from .train.checkpoint import checkpoint_in, load_weights, same_run
+from .train.checkpoint import checkpoint_in, completed, load_weights, same_run
 from .train.distill import distill as halve
-from .train.ema import averaged
+from .train.ema import averaged, reconstruct
 from .train.loop import every, fit, rows
 from .viz import loss_curve
 
@@ -232,6 +232,7 @@ def export(
     where:str,             # a run, or one of its checkpoints
     out:str,               # the folder, new
     average:str|None=None, # whose weights; default: as the recipe says
+    width:float|None=None, # any relative width instead, of a run with the hook snapshots
 )->int: # exit code
     "Write a run's averaged weights and its recipe as a folder to give away."
     m, path = open_model(where), Path(out)
@@ -239,6 +240,9 @@ def export(
     name = average or m.recipe.sample.average
     task = weigh(m, name)
     net, kept = task.net, system(m.recipe.system).keep
+    if width is not None:
+        load_into(net, completed(reconstruct(m.path, width), net), f'{m.path} at width {width}')
+        name = f'width {width}'
     also = {**(kept(m.recipe, task) if kept else {}), 'recipe.yaml': as_yaml(m.recipe)}
     if getattr(net, 'preset', None): save(net, path, also)
     else: # more than a denoiser was trained

@@ -202,3 +202,24 @@ def test_without_the_extra(monkeypatch, name):
 
 def test_they_are_presets():
     assert {'tensorboard', 'wandb', 'held_out_loss', 'measured', 'frechet', 'snapshots'}<=presets('hook').keys()
+
+def test_a_recipe_says_it(tmp_path, capsys):
+    "All hooks by name, from the command line; a width that was chosen afterwards is exported and drawn from."
+    from diffnb.cli import main
+    from diffnb.saving import load
+    from diffnb.train.ema import reconstruct
+    powers = dict(narrow=dict(name='power', width=.05), wide=dict(name='power', width=.1))
+    hooks = [dict(name='snapshots', every=1), dict(name='held_out_loss', every=2, n=8, bins=2, average='wide'), 'tensorboard']
+    r = dict(RECIPE, sample=dict(steps=1, n=2, average='wide'), train=dict(batch=2, steps=4, save_every=2, log_every=2, averages=powers, hooks=hooks))
+    (tmp_path/'r.yaml').write_text(json.dumps(r))
+    run, out = str(tmp_path/'run'), str(tmp_path/'out')
+    assert main(['train', str(tmp_path/'r.yaml'), '--out', run, '--train.steps=2'])==0
+    assert main(['train', str(tmp_path/'r.yaml'), '--out', run])==0
+    assert [o['step'] for o in rows(tmp_path/'run/held_out.jsonl')]==[2, 4]
+    assert [s for s,_ in curves(tmp_path/'run/tensorboard')[0]['held_out/loss']]==[2, 4]
+    assert main(['export', run, '--out', out, '--width', '.07'])==0
+    assert 'width 0.07 of step-00000004' in capsys.readouterr().out
+    net, want = load(out), reconstruct(run, .07)
+    assert all(torch.equal(v, want[k]) for k,v in net.state_dict().items())
+    assert main(['sample', out, '--out', str(tmp_path/'s.png')])==0
+    assert main(['export', run, '--out', out+'2', '--width', '.4'])==2 and 'below 0.288, not 0.4' in capsys.readouterr().err
