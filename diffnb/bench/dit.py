@@ -32,11 +32,12 @@ def twins(
     heads:int=6,     # of 64 channels: 6 is the width of S, 12 of B
     size:int=32,     # side of the latents
     sigma:bool=True, # a second number per channel
+    ch:int=4,        # channels
 )->tuple[nn.Module,nn.Module]: # ours and theirs
     "A DiT with patches of two in both libraries."
     g = torch.Generator().manual_seed(0)
     make = need('diffusers', 'dev').DiTTransformer2DModel
-    ref = make(num_attention_heads=heads, attention_head_dim=64, in_channels=4, out_channels=8 if sigma else 4,
+    ref = make(num_attention_heads=heads, attention_head_dim=64, in_channels=ch, out_channels=2*ch if sigma else ch,
                num_layers=depth, sample_size=size, norm_eps=1e-6).eval().requires_grad_(False)
     for p in ref.parameters(): p.copy_(torch.randn(p.shape, generator=g)*(p[0].numel()**-.5 if p.ndim>1 else .1))
     for b in ref.transformer_blocks:
