@@ -69,6 +69,20 @@ def test_rows_invert_up_to_the_end(pred):
     assert (est.eps-eps)[10:].abs().max()<1e-9
 
 # --- 4.5: no leak
+@pytest.mark.parametrize('dtype,tol', [(F64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize('pred', ['x0', 'eps', 'v'])
+def test_rows_invert_where_there_is_signal(pred, dtype, tol):
+    "From (x_t, raw) back to x0 and eps, noise included among the rows, wherever both are in x_t; errors count in units of what is divided by."
+    s = cosine(1000)
+    p, t = Gaussian(s, pred), torch.tensor([.001, .1, .5, .9, .99], dtype=F64)
+    x0, eps = Rng(0).normal(5, 64, dtype=dtype), Rng(1).normal(5, 64, dtype=dtype)
+    alpha, sigma = (o[:,None] for o in s(t))
+    x_t = (alpha*x0.to(F64)+sigma*eps.to(F64)).to(dtype)
+    raw = dict(x0=x0, eps=eps, v=(alpha*eps.to(F64)-sigma*x0.to(F64)).to(dtype))[pred]
+    est = p.estimate(lambda x, net_t: raw, x_t, t)
+    grown = dict(x0=1+0*alpha, eps=1/alpha, v=1+0*alpha)[pred] # by which rounding grows on the way to x0
+    assert ((est.x0.to(F64)-x0)/grown).abs().max()<4*tol and ((est.eps.to(F64)-eps)*sigma).abs().max()<4*tol
+
 def test_what_steers_depends_on_the_prompt_alone(net):
     x,net_t,cond = net.demo(3)
     keep,mask = cond['keep'],cond['mask']

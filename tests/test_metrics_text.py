@@ -153,6 +153,20 @@ def test_wordnet_files(tmp_path):
     (tmp_path/'data.verb').unlink()
     with pytest.raises(FileNotFoundError, match='data.verb.*meteor_stem'): WordNet(tmp_path)
 
+def test_meteor_without_wordnet(tmp_path, monkeypatch):
+    "Asked at call, with its default folder missing: one error that names the folder, and the metric that needs none."
+    import inspect
+    import diffnb.metrics.text as module
+    default = inspect.signature(meteor).parameters['wordnet'].default
+    if not Path(default).exists():
+        with pytest.raises(FileNotFoundError, match=f'{default}.*meteor_stem'): meteor(one('a dog', 'a dog'))
+    elsewhere = str(tmp_path/'nowhere')
+    with pytest.raises(FileNotFoundError, match='nowhere.*meteor_stem'): meteor(one('a dog', 'a dog'), elsewhere)
+    real = WordNet
+    monkeypatch.setattr(module, 'WordNet', lambda path: real(elsewhere) if str(path)==str(default) else real(path)) # as if the default were missing
+    with pytest.raises(FileNotFoundError, match='nowhere.*meteor_stem'): meteor(one('a dog', 'a dog'))
+    assert meteor_stem(one('a dog', 'a dog')).value>90
+
 def test_meteor(tmp_path):
     folder = wordnet_files(tmp_path)
     assert meteor_stem(one('the cats sleep', 'the cat sleeps')).value==pytest.approx(98.1481, abs=1e-4)

@@ -184,6 +184,7 @@ WRONG = {
     'train reviews.yaml --data.given=4': 'data.given is for plain text',
     'train reviews.yaml --process.anchor=0.1': 'is for vectors',
     'train reviews.yaml --codec=pixels': 'has no codec',
+    'train reviews.yaml --model.block=4': 'beside clean text',
     'train reviews.yaml --conditioner=minilm': 'no conditioner',
     'train reviews.yaml --data.set.path=gone': 'data.set.path: gone is not there',
     'train reviews.yaml --model.vocab=7': 'leave both out',

@@ -105,6 +105,7 @@ def fit_together(
              f'data.given is {d.given}, for windows of {d.length} tokens': plain and not 0<=(d.given or 0)<d.length,
              'data.given is for plain text; here prompts are given': not plain and d.given is not None,
              'texts have no conditioner': r.conditioner is not None,
+             'model.block: a network of blocks is trained beside clean text, not by a recipe': getattr(net, 'block', 0),
              'process.learned is for images': r.process.learned is not None}
     for k in r.eval.metrics:
         f = presets('text_metric')[k].facts
