@@ -1,7 +1,7 @@
 """Recipes, JSON files and safetensors headers, mutated: a clear error or the right result, and nothing else.
 
 `python tests/fuzz.py --n 10000` counts what happens, shows what should not, and writes nbs/results/fuzz.json."""
-import argparse, contextlib, copy, datetime, io, json, multiprocessing, os, platform, random, resource, shutil, signal, sys, tempfile, time
+import argparse, contextlib, copy, datetime, io, json, multiprocessing, os, platform, random, resource, shutil, signal, sys, tempfile
 import traceback
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -12,7 +12,7 @@ from diffnb.cli import as_yaml, main
 from diffnb.core import create, presets
 from diffnb.recipes import check, read, shipped
 from diffnb.rng import Rng
-from diffnb.store import check_folder, digest, load_json, load_tensors, newest, save_tensors
+from diffnb.store import check_folder, digest, load_tensors, save_tensors
 from diffnb.train.checkpoint import Progress, load_checkpoint, load_denoiser, save_checkpoint
 from diffnb.train.ema import EMA, halflife
 

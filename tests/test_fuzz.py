@@ -6,7 +6,6 @@ from torch import nn
 from diffnb.cli import main
 from diffnb.core import at_most, create
 from diffnb.parts import read_yaml
-from diffnb.recipes import check
 from diffnb.saving import Damaged, load, load_fields, save
 from diffnb.store import load_json, load_tensors, save_json, write_folder
 
