@@ -32,7 +32,7 @@ class Notebook:
         self.meta, self.cells = d['metadata'], [Cell(c) for c in d['cells']]
         self.code = [c for c in self.cells if c.code]
         self.text = '\n\n'.join(c.src for c in self.cells if c.kind=='markdown')
-        m = re.match(r'(\d\d)_', self.name)
+        m = re.match(r'(\d\d|1\d\d)_', self.name)
         self.num = int(m[1]) if m else None # the index has no number
         self.exp = next((c.flags['default_exp'] for c in self.code if 'default_exp' in c.flags), None)
     @property
@@ -95,13 +95,13 @@ def imports(tree, house, module=None):
 # --- names and order ---
 @rule
 def file_names(h):
-    "NN_dotted.module.ipynb exports dotted.module; no number twice; walkthroughs (80 to 86) export nothing."
+    "NN_dotted.module.ipynb (from 100 on NNN_) exports dotted.module; no number twice; walkthroughs (80 to 86) export nothing."
     seen = {}
     for o in h.nbs:
         if o.name==h.cfg.get('readme_nb', 'index.ipynb'):
             if o.exp: yield f'{o.name}: the index exports nothing'
             continue
-        if o.num is None or not re.fullmatch(r'\d\d_[a-z0-9_]+(\.[a-z0-9_]+)*', o.stem): yield f'{o.name}: not NN_dotted.module.ipynb'; continue
+        if o.num is None or not re.fullmatch(r'(\d\d|1\d\d)_[a-z0-9_]+(\.[a-z0-9_]+)*', o.stem): yield f'{o.name}: not NN_dotted.module.ipynb'; continue
         if o.num in seen: yield f'{o.name}: {seen[o.num]} has that number'
         seen[o.num] = o.name
         if o.walk:
