@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from torch import nn
-from .bench.adapters import held, nbytes, run_cells
+from .bench.adapters import plot_methods, run_cells
+from .bench.peft import held, nbytes
 from .cli import as_yaml, open_model, weigh
 from .core import create, nearest, preset, presets
 from .parts import Part, check_part
@@ -163,10 +164,9 @@ def as_plot(
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 3))
     what = next(iter(rows[0]['metrics']))
-    for r in rows:
-        mean, sd = r['metrics'][what]
-        ax.errorbar(r['parameters'], mean, sd, fmt='o', capsize=2, label=f"{r['task']}, {r['method']}")
-    ax.set(xscale='log', xlabel='numbers that are trained', ylabel=what); ax.legend(fontsize=6)
+    points = [(f"{r['task']}, {r['method']}", r['parameters'], *r['metrics'][what]) for r in rows
+              if what in r['metrics']]
+    plot_methods(ax, points, what)
     fig.savefig(path, dpi=120, bbox_inches='tight'); plt.close(fig)
 
 # %% ../nbs/98_finetune.ipynb #f76ce7cd

@@ -3,7 +3,7 @@ import json, random
 import pytest, torch
 from torch import nn
 from safetensors.torch import load_file, save_file
-from diffnb.peft.core import coverage, merge, probe, slots, switch
+from diffnb.peft.core import coverage, merge, probe, slots, switch, unmerge
 from diffnb.peft.files import combine, load_adapter, save_adapter, swap, tensors
 from diffnb.peft.formats import load_diffusers, load_kohya, load_peft, save_diffusers, save_kohya, save_peft
 from diffnb.peft.lora import (by_block, closest, diffit_lora, dora, falling, lora, lora_part, phases, pissa, principal, begun, rslora,
@@ -155,6 +155,24 @@ def test_peft_both_ways(seed, tmp_path):
     again = peft.PeftModel.from_pretrained(randomise(create('dit_tiny')), tmp_path/'ours').eval()
     with torch.no_grad(): assert diff(again(x, t, **cond), want)<tol
 
+@pytest.mark.parametrize('name,targets,use', [('bert_tiny', ['qkv', 'proj', 'transform.0'], {}), ('mlm_tiny', ['qkv', 'mlp.0'], dict(use_rslora=True)), ('mamba2_tiny', ['in_proj', 'out_proj'], dict(use_dora=True)),
+                                              ('diffit_tiny', ['qkv', 'stem', 'down.0'], dict(use_dora=True))])
+def test_peft_on_other_networks(name, targets, use, tmp_path):
+    "Text, state spaces, maps: ours in peft and back, and the same outputs."
+    import peft
+    make = dora if use.get('use_dora') else rslora if use else lora
+    layers = {k for k,m in create(name).named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)) and getattr(m, 'groups', 1)==1}
+    targets = [t for t in targets if any(k==t or k.endswith(f'.{t}') for k in layers)]
+    net = wake(make(targets, rank=2, alpha=3)(randomise(create(name))))
+    want = run(net)
+    save_peft(net, tmp_path/'a')
+    theirs = peft.PeftModel.from_pretrained(randomise(create(name)), tmp_path/'a').eval()
+    x,t,cond = create(name).demo(2)
+    tol = 1e-5*max(1., want.abs().max().item())
+    with torch.no_grad(): assert diff(theirs(x, t, **cond), want)<tol and diff(run(switch(net, None)), want)>100*tol
+    theirs.save_pretrained(tmp_path/'b')
+    assert diff(run(load_peft(randomise(create(name)), tmp_path/'b')), want)<tol
+
 def test_peft_embeddings(tmp_path):
     import peft
     theirs = model_of_peft(randomise(create('dit_tiny')), dict(target_modules=['label.table'], r=3, lora_alpha=5))
@@ -205,6 +223,58 @@ def test_names_of_stable_diffusion(tmp_path):
     got = load_kohya(randomise(create('sd_unet_tiny')), tmp_path/'a.safetensors', layout='diffusers')
     assert diff(run(got), run(net))<1e-5
 
+def unets():
+    "A small U-Net of diffusers, ours of the same numbers, and one call of each."
+    import diffusers
+    from diffnb.hub.layouts import load_state
+    from diffnb.hub.unet import unet_config
+    torch.manual_seed(0)
+    ref = randomise(diffusers.UNet2DConditionModel(sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4,
+        norm_num_groups=8, down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D')))
+    net = unet_config().ours(dict(ref.config)).eval()
+    load_state(net, ref.state_dict(), 'unet_diffusers')
+    x,ctx,t = torch.randn(1, 4, 8, 8, generator=gen()),torch.randn(1, 3, 16, generator=gen(1)),torch.tensor([100.])
+    def ours():
+        with torch.no_grad(): return net(x, t, ctx=ctx)
+    def theirs():
+        with torch.no_grad(): return ref(x, t, ctx).sample
+    return net, ref, ours, theirs
+
+@pytest.mark.parametrize('case', [dict(lora_alpha=6), dict(lora_alpha=6, use_dora=True), dict(lora_alpha=2, use_rslora=True)], ids=['lora', 'dora', 'rslora'])
+@pytest.mark.parametrize('prefix', ['', 'unet.'])
+def test_what_diffusers_saves(case, prefix, tmp_path):
+    "Scales and ranks in the header, in both of its spellings: of a single network, and of a pipeline."
+    import peft
+    net,ref,ours,theirs = unets()
+    base = theirs()
+    ref.add_adapter(peft.LoraConfig(r=3, target_modules=['to_q', 'to_v', 'conv1', 'proj_in'], rank_pattern={'conv1': 2}, alpha_pattern={'to_v': 5}, **case))
+    g = gen(2)
+    for k,p in ref.named_parameters():
+        if 'lora_' in k: p.data = p.data+.1*torch.randn(p.shape, generator=g)
+    ref.save_lora_adapter(tmp_path)
+    f = tmp_path/'pytorch_lora_weights.safetensors'
+    if prefix: # what a pipeline's `save_lora_weights` makes of the same
+        from safetensors import safe_open
+        with safe_open(f, 'pt') as o: head = json.loads(o.metadata()['lora_adapter_metadata'])
+        save_file({prefix+k: v for k,v in load_file(f).items()}, f, dict(lora_adapter_metadata=json.dumps({prefix+k: v for k,v in head.items()})))
+    load_diffusers(net, f, prefix=prefix, layout='diffusers')
+    assert diff(ours(), theirs())<1e-5 and diff(theirs(), base)>.1
+
+def test_diffusers_reads_ours(tmp_path):
+    "In its own form, and in kohya's, where it finds ranks and alphas that differ."
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Mixin
+    net,ref,ours,theirs = unets()
+    wake(lora(['attn.q', 'cross.v', 'conv1'], rank={'attn.q': 2, 'cross.v': 4, 'conv1': 3}, alpha=5)(net))
+    save_diffusers(net, tmp_path/'a.safetensors', prefix='unet.', layout='diffusers')
+    base = theirs()
+    ref.load_lora_adapter(tmp_path/'a.safetensors', prefix='unet')
+    assert diff(ours(), theirs())<1e-5 and diff(theirs(), base)>.1
+    _,ref,_,theirs = unets()
+    save_kohya(net, tmp_path/'k.safetensors', layout='diffusers')
+    state,alphas = Mixin.lora_state_dict(tmp_path/'k.safetensors', unet_config=ref.config)
+    Mixin.load_lora_into_unet(state, alphas, ref)
+    assert diff(ours(), theirs())<1e-5 and set(alphas.values())=={5.}
+
 # --- our files
 @pytest.mark.parametrize('method', [lora, rslora, dora, pissa, lambda: timed_lora(rank=8, rule=dict(ranks=[2, 4, 8]))], ids=range(5))
 def test_files(method, tmp_path):
@@ -249,6 +319,53 @@ def test_closest():
     for r in (1, 2, 4):
         got = closest(r)(parts, [1., 2.], layer).change(layer)['weight']
         assert abs((D-got).norm()-torch.linalg.svdvals(D)[r:].norm())<1e-5
+
+@pytest.mark.parametrize('method', [rslora, dora, pissa, diffit_lora], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('name', ['diffit_tiny', 'sd_unet_tiny', 'mlm_tiny'])
+def test_every_change_of_weights_merges(name, method):
+    "Merged as unmerged, and the bytes of the base again; convolutions, tables and projections."
+    if method is diffit_lora and name!='diffit_tiny': return
+    net = wake(method()(randomise(create(name))) if method is diffit_lora else method(rank=2)(randomise(create(name))))
+    before,want = {k: v.clone() for k,v in net.state_dict().items()},run(net)
+    merge(net)
+    assert diff(run(net), want)<1e-5*max(1., want.abs().max().item())
+    changed = {k for k,v in net.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and not any('adapters' in k.split('.') for k in changed)
+    assert all(torch.equal(v, before[k]) for k,v in unmerge(net).state_dict().items()) and torch.equal(run(net), want)
+
+# --- compiled
+@pytest.mark.parametrize('backend', ['eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_hot_swap_without_compiling_again(backend, tmp_path):
+    "Other numbers in the place of the old ones: one graph before, the same after. In a process of its own, where annotations are not checked."
+    import os, subprocess, sys
+    code = '''
+import sys, torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from adapted import create, diff, randomise, run, wake
+from diffnb.peft.core import switch
+from diffnb.peft.files import load_adapter, save_adapter
+from diffnb.peft.lora import dora, lora, timed_lora
+backend, where = sys.argv[1:]
+for i,make in enumerate((lora, dora, timed_lora) if backend=='eager' else (lora,)):
+    torch._dynamo.reset()
+    kw = dict(rank=4, rule=dict(ranks=[1, 2, 4])) if make is timed_lora else dict(rank=2)
+    net = randomise(create('dit_tiny'))
+    for seed,n in enumerate('ab'): net = wake(make(**kw)(net, n), n, seed)
+    a, b = run(switch(net, 'a')), run(switch(net, 'b'))
+    save_adapter(net, f'{where}/{i}', 'b')
+    switch(net, 'a')
+    count = CompileCounterWithBackend(backend)
+    fast, (x, t, cond) = torch.compile(net, backend=count, fullgraph=True), net.demo(2)
+    with torch.no_grad():
+        assert diff(fast(x, t, **cond), a)<1e-5 and count.frame_count==1
+        load_adapter(net, f'{where}/{i}', 'a')
+        assert diff(fast(x, t, **cond), b)<1e-5 and count.frame_count==1, count.frame_count
+        for n in 'baba': fast(*switch(net, n).demo(2)[:2], **cond) # a switch compiles once, and is remembered
+        assert count.frame_count==2, count.frame_count
+    assert diff(a, b)>1e-3
+'''
+    here = os.path.dirname(__file__)
+    subprocess.run([sys.executable, '-c', code, backend, str(tmp_path)], check=True, cwd=here, env={**os.environ, 'DIFFNB_TYPECHECK': '0'})
 
 # --- mistakes
 def test_errors(tmp_path):

@@ -88,9 +88,9 @@ class LoRA(nn.Module):
         x,(A,B) = self.drop(args[0]) if self.drop else args[0],self.factors()
         if self.m is None: return low_rank(out, layer, x, A, B, w*self.scale, self.gate if self.rule else None)
         def by_row(o): return o.to(y.dtype) if layer.weight.ndim==2 else o.to(y.dtype).view(-1, *(1,)*(y.ndim-2))
-        more,g = low_rank(torch.zeros_like(y), layer, x, A, B, self.scale),by_row(self.m/self.length(layer))
         old = y if layer.bias is None else y-by_row(layer.bias)
-        return out+w*((g-1)*old+g*more)
+        new,g = low_rank(old.clone(), layer, x, A, B, self.scale),by_row(self.m/self.length(layer)) # g=1 at the start
+        return torch.sub(out, torch.addcmul(old, g, new, value=-1), alpha=w)
     def gate(self, h, axis)->Tensor:
         "What each direction counts at this time, see `gated`."
         return gated(h, self.rule, self.clock, self.steps, axis)
