@@ -214,5 +214,6 @@ def speeds(
         work[f'{k}: DoRA of rank 8 beside peft'] = partial(forward, 1., beside_peft, k, dora)
         work[f'{k}: merged LoRA beside the plain network'] = partial(forward, 1., merged, k)
         work[f'{k}: sampling with trajectory beside without'] = partial(sampling, k)
-        work |= {f'{k}: a training step, {m} beside full': partial(step, k, m) for m in ('lora', 'dora', 'houlsby', 'trajectory')}
+        ways = 'lora', 'dora', 'houlsby', 'trajectory'
+        work |= {f'{k}: a training step, {m} beside full': partial(step, k, m) for m in ways}
     return renew('peft', work, 'diffnb.bench.peft.speeds()', ('peft', 'diffnb'), which, folder)
