@@ -402,3 +402,14 @@ def test_published_sizes_on_meta():
     d = 1152
     assert c.numbers==28*16*((d+3*d)+(d+d)+2*(d+4*d)) and c.base==sum(p.numel() for k,p in net.named_parameters() if 'adapters' not in k)
     assert c.numbers/c.base<.02
+
+@pytest.mark.parametrize('name', ['dit_xl_2', 'mlm_1300m', 'mamba2_130m'])
+def test_published_sizes_are_those_of_peft(name):
+    "As many numbers as peft has behind the same layers, on the meta device."
+    import peft
+    from diffnb.peft.core import find
+    from diffnb.peft.lora import INNER
+    with torch.device('meta'):
+        c = coverage(lora(rank=16)(create(name)), 'default')
+        theirs = peft.get_peft_model(base := create(name), peft.LoraConfig(r=16, target_modules=list(find(base, INNER))))
+    assert c.numbers==sum(p.numel() for p in theirs.parameters() if p.requires_grad) and c.numbers<.03*c.base
