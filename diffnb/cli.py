@@ -8,7 +8,7 @@ __all__ = ['COMMANDS', 'same_recipe', 'train', 'drawer', 'save_samples', 'run_re
            'params', 'quickstart', 'more', 'main']
 
 # %% ../nbs/71_cli.ipynb #c2a06eb1
-import inspect, json, signal, sys
+import inspect, json, shutil, signal, sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -249,6 +249,8 @@ def export(
         with write_folder(path) as folder:
             save_tensors(folder/'model.safetensors', net.state_dict())
             for k,v in also.items(): (folder/k).write_text(v, 'utf-8')
+    for k in system(m.recipe.system).leaves:
+        if (m.folder/k).is_dir(): shutil.copytree(m.folder/k, path/k)
     print(f'{path}: {sum(p.numel() for p in net.parameters()):,} parameters, {name or "raw"} of {m.path.name}')
     return 0
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['bucket_sizes', 'nearest_size', 'used', 'cover', 'middle', 'anywhere', 'to_bucket', 'Mixed', 'in_memory', 'size_of',
-           'read_one', 'mixed', 'Plan', 'side_by_side', 'turns', 'Buckets', 'bucket_batches']
+           'read_one', 'mixed', 'Plan', 'side_by_side', 'turns', 'Buckets', 'bucket_batches', 'Squares', 'ManyShapes',
+           'buckets']
 
 # %% ../../nbs/97_data.buckets.ipynb #ba7af37e
 import functools, io, itertools, math
@@ -17,7 +18,8 @@ from jaxtyping import Int, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 from ..conditioners import size_ids
-from .files import SUFFIXES, BadImage, decode, read_captions
+from ..core import preset
+from .files import SUFFIXES, BadImage, decode, in_folder, in_zip, read_captions
 from .images import epoch_order, floats, from_workers, resize
 from ..rng import Rng
 
@@ -248,3 +250,50 @@ def bucket_batches(
     stream = Buckets(pictures, shapes, plan, mine=(rank*batch_size, (rank+1)*batch_size), **kw)
     todo = itertools.count(start//step)
     return map(stream.__getitem__, todo) if not workers else from_workers(stream, todo, workers)
+
+# %% ../../nbs/97_data.buckets.ipynb #3b438260
+@dataclass(frozen=True, eq=False)
+class Squares:
+    "The middle square of each picture, indexed like a tensor."
+    pictures:Mixed # the set
+    side:int       # in pixels
+    ch:int=3       # channels
+    dtype = torch.uint8
+    @property
+    def shape(self):
+        "As of a tensor, `(n,c,h,w)`."
+        return len(self.pictures), self.ch, self.side, self.side
+    def __getitem__(self, i:Int64[Tensor,'b'])->UInt8[Tensor,'b c h w']:
+        return torch.stack([to_bucket(self.pictures.read(j), (self.side,)*2)[0] for j in i.tolist()])
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ManyShapes:
+    "Pictures whose batches have one shape each, as recipes take them."
+    pictures:Mixed  # the set
+    buckets:Sequence # heights and widths
+    pixels:Squares  # of one shape, for metrics
+    shape,classes = None,() # of all pictures: there is none
+    def __len__(self): return len(self.pictures)
+    def __repr__(self): return f'{self.pictures} in {len(self.buckets)} shapes'
+    @property
+    def captions(self): "Texts, or None."; return self.pictures.cond.get('text')
+    @property
+    def source(self): "What they are called."; return self.pictures.source
+    def batches(self, batch_size:int, rng:Rng, start:int=0, workers:int=0, **kw):
+        "See `bucket_batches`."
+        return bucket_batches(self.pictures, self.buckets, batch_size, rng, start, workers, **kw)
+
+# %% ../../nbs/97_data.buckets.ipynb #7bbf6fb5
+@preset('dataset')
+def buckets(
+    path:str,               # folder of the pictures, or a zip archive
+    captions:str|None=None, # file with captions there, such as 'metadata.jsonl'
+    area:int=1024*1024,     # pixels of a shape, at most
+    unit:int=64,            # of which both sides are multiples
+    ratio:float|int=2.,     # of the longer side to the shorter, at most
+    least:int=1,            # pictures that a shape must have; those of others go elsewhere
+)->ManyShapes:
+    "Pictures of many shapes in aspect-ratio buckets."
+    found = mixed((in_zip if str(path).endswith('.zip') else in_folder)(path), captions)
+    shapes = used(found.sizes, bucket_sizes(area, unit, ratio), least)
+    return ManyShapes(found, shapes, Squares(found, math.isqrt(area)//unit*unit))

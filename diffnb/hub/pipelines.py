@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SD', 'XL', 'FLUX', 'TASKS', 'FAMILIES', 'LEFT', 'Family', 'check_index', 'load_pipeline', 'stored_codec',
-           'pipeline_text']
+           'pipeline_text', 'fill']
 
 # %% ../../nbs/49_hub.pipelines.ipynb #c6f24ac9
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 import torch
+from torch import nn
 from ..conditioners import Together, last, layer, load_text, pooled, projected, unchanged
 from ..conditioners.cache import Cached
 from ..core import nearest, preset
@@ -23,6 +24,7 @@ from .layouts import only
 from .schedulers import sampling
 from ..models.controlnet import ControlNet
 from ..pipelines import Pipeline, around, around_fine, guidance_told, no_facts, sizes_told
+from ..saving import load_into
 from ..store import Damaged, load_json
 
 # %% ../../nbs/49_hub.pipelines.ipynb #7df4e198
@@ -143,3 +145,18 @@ def pipeline_text(
     net = SimpleNamespace(guidance=config.get('guidance_embeds') or None)
     inner = family.conditioner(_texts(path), index, net).requires_grad_(learn)
     return inner if cache is None else Cached(inner, cache)
+
+# %% ../../nbs/49_hub.pipelines.ipynb #358f9cd0
+def fill(
+    net:nn.Module, # a denoiser
+    path:str|PathLike, # a folder of ours, of a network of diffusers, or of one of its pipelines
+)->None:
+    "Give a network the weights of a folder; a ControlNet that the folder lacks is a copy of its base. ValueError."
+    path = Path(path)
+    part = next((o for o in ('transformer', 'unet') if (path/'model_index.json').is_file() and (path/o).is_dir()), None)
+    def put(o, part): load_into(o, load_folder(path, part, dtype=torch.float32).state_dict(), str(path/(part or '')))
+    base = getattr(net, 'net', net)
+    put(base, part)
+    if base is net: return
+    if part and (path/'controlnet').is_dir(): put(net.control, 'controlnet')
+    else: net.control.enc.load_state_dict(base.enc.state_dict())

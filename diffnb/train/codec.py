@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'pixel_error', 'psnr', 'Perceptual', 'unit', 'VGG', 'lpips', 'PatchCritic', 'patch_critic', 'balance',
-           'CodecTask', 'Several', 'several', 'codec_of', 'reconstructed', 'finished', 'keep_codec']
+           'CodecTask', 'Several', 'several', 'shared', 'codec_of', 'reconstructed', 'finished', 'some', 'keep_codec']
 
 # %% ../../nbs/91_train.codec.ipynb #1acbacab
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.func import functional_call
 from ..codec.core import Pixels
@@ -261,6 +261,24 @@ def several(
         return Several(list(opts.values()))
     return make
 
+# %% ../../nbs/91_train.codec.ipynb #05cbf26c
+@preset('optimiser')
+def shared(
+    optimiser:str='adamw',     # a preset's name
+    denoiser:float|int=1.,     # what the learning rate of this part is multiplied with
+    conditioner:float|int=.1,  # likewise, if it is trained
+    codec:float|int=1.,        # likewise
+    weight:float|int=1.,       # likewise
+)->Callable: # network -> optimiser
+    "One kind of optimiser for all, with a learning rate for each part. ValueError where the denoiser is alone."
+    shares = dict(denoiser=denoiser, conditioner=conditioner, codec=codec, weight=weight)
+    def make(net):
+        have = [k for k,_ in net.named_children()]
+        if not {'denoiser'}<set(have)<=shares.keys(): raise ValueError('shared: the denoiser alone is trained here')
+        one = create(optimiser, kind='optimiser')
+        return several({k: one for k in have}, {k: shares[k] for k in have})(net)
+    return make
+
 # %% ../../nbs/91_train.codec.ipynb #340c3cfa
 def codec_of(
     net:nn.Module, # a task's `net`, or its average
@@ -292,13 +310,22 @@ def finished(
     made.load_state_dict(codec.state_dict())
     return made.to(mean.device).eval()
 
+def some(
+    n:int,     # how many
+    total:int, # of what there is
+)->Int64[Tensor,'n']:
+    "Numbers evenly spread; in turn where more are wanted than there are."
+    i = torch.arange(n)
+    return i*total//n if n<=total else i%total
+
 def keep_codec(
     pixels,            # pictures that latents are measured on: a tensor, or what is indexed like one
-    average:str='ema', # whose weights
+    average:str|None='ema', # whose weights; None: the raw ones
     most:int=2048,     # pictures at most, evenly spread
 )->Callable: # a hook for 'end'
     "Write the finished codec to `codec/` in the run's folder."
     def hook(run):
-        some = pixels[torch.linspace(0, pixels.shape[0]-1, min(most, pixels.shape[0])).long()]
-        save(finished(codec_of(averaged(run.task.net, run.emas[average])), some), run.folder/'codec')
+        few,net = pixels[some(min(most, pixels.shape[0]), pixels.shape[0])],run.task.net
+        if average is not None: net = averaged(net, run.emas[average])
+        save(finished(codec_of(net), few), run.folder/'codec')
     return hook
