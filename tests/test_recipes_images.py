@@ -8,8 +8,11 @@ import transformers
 from diffnb import create, save
 from diffnb.cli import main, open_model, weigh
 from diffnb.codec.vae import vae_tiny
-from diffnb.recipes import build, check, read
+from diffnb.data.images import emoji
+from diffnb.hub import load_folder
+from diffnb.recipes import build, check, consistent, read, shipped
 from diffnb.store import load_tensors
+from diffnb.viz import save_png
 
 TEXT = '''
 about: emoji by their names
@@ -123,3 +126,137 @@ def test_a_run_of_a_codec_means_its_finished_one(tmp_path):
 
 def test_a_prompt_for_a_model_that_reads_none(here, capsys):
     assert 'reads no text' in ask('sample fashion --prompt shoe --out x.png', capsys)[2]
+
+# --- what ships: fits together, and its twin of a few steps runs ---
+def test_shipped_recipes_fit_together():
+    "Every one, without a file of it; and what each is there for."
+    r = {n: consistent(read(n)) for n in shipped() if read(n).get('system', 'images')=='images'}
+    assert {'dit_xl_2', 'sit_xl_2', 'diffit_xl_2', 'sd15', 'sd21_v', 'sdxl', 'flux_dev', 'sd15_controlnet', 'emoji_latent', 'emoji_text'}<=r.keys()
+    assert all(r[k].data.latents and r[k].train.drop==.1 for k in ('dit_xl_2', 'sit_xl_2', 'diffit_xl_2'))
+    assert r['sd15'].process.pred=='eps' and r['sd15'].process.weight['name']=='min_snr' and r['sd15'].train.times['name']=='later'
+    assert r['sd21_v'].process.pred=='v' and r['sd21_v'].process.schedule['name']=='zero_snr' and r['sd21_v'].conditioner['learn']
+    assert r['sdxl'].data.set['name']=='buckets' and (r['flux_dev'].process.schedule['name'], r['flux_dev'].process.pred)==('straight', 'flow')
+    assert 'edges' in [t['name'] for t in r['sd15_controlnet'].data.transforms]
+
+@pytest.fixture(scope='module')
+def foreign(tmp_path_factory):
+    "Folders of diffusers, each made once; pictures of several shapes with captions; and pictures to follow."
+    folders = pytest.importorskip('folders')
+    at = tmp_path_factory.mktemp('foreign')
+    folders.sd(at/'sd'); folders.xl(at/'xl'); folders.flux(at/'flux')
+    folders.sd(at/'control', control=True, cls='StableDiffusionControlNetPipeline')
+    (at/'pictures').mkdir(); (at/'sketches').mkdir(); (at/'shapes').mkdir()
+    said, x = [], emoji('test').pixels
+    for i in range(12):
+        for k,o in (('pictures', x[i]), ('sketches', 255-x[i]), ('shapes', x[i,:,:,:16] if i%2 else x[i,:,:16])): save_png(at/k/f'{i}.png', o[None], ncol=1, pad=0)
+        said.append(json.dumps(dict(file_name=f'{i}.png', text=['a red cube', 'a cat', 'be'][i%3])))
+    for k in ('pictures', 'shapes'): (at/k/'metadata.jsonl').write_text('\n'.join(said))
+    return at
+
+def model_of(path, part):
+    "The recipe's `model` for a folder's network."
+    net = load_folder(path, part)
+    side = dict(demo=[16, 16, 5]) if part=='transformer' else dict(size=16)
+    return '--model='+json.dumps({'name': net.preset['name'], **net.preset['kw'], **side})
+
+def few(at, kind, data='pictures', part='unet', **more):
+    "Overrides that make a shipped recipe a run of two steps with a tiny folder."
+    keys = {'weights': at/kind, 'codec.path': at/kind, 'conditioner.path': at/kind, 'data.set.path': at/data, 'data.workers': 0, 'train.steps': 2, 'train.batch': 4, 'train.accumulate': 1,
+            'train.drop': .5, 'train.amp': 'null', 'train.log_every': 1, 'train.lr': '{name: constant, lr: 1.0e-3}', 'sample.n': 3, 'sample.steps': 2, 'sample.w': 2., 'sample.batch': 64}
+    return [model_of(at/kind, part), *(f'--{k}={v}' for k,v in {**keys, **more}.items())]
+
+def trained(name, words, capsys, out='run'):
+    "Train; the last step's loss, and the tensors."
+    code, _, err = ask(['train', name, '--out', out, *words], capsys)
+    assert code==0, err
+    return json.loads(Path(out, 'log.jsonl').read_text().splitlines()[-1])['loss'], load_tensors(next(Path(out).glob('step-*2'))/'model.safetensors')[0]
+
+TWINS = {'sd15': dict(kind='sd', **{'data.set.size': 32, 'conditioner.cache': 'texts'}), 'sd21_v': dict(kind='sd', **{'data.set.size': 32}),
+         'sdxl': dict(kind='xl', data='shapes', **{'data.set.area': 512, 'data.set.unit': 16, 'data.set.least': 1, 'conditioner.cache': 'texts'}),
+         'flux_dev': dict(kind='flux', part='transformer', **{'data.set.size': 32, 'data.latents': 'kept', 'conditioner.cache': 'texts', 'train.drop': 0., 'sample.w': 1.})}
+@pytest.mark.parametrize('name', TWINS)
+def test_twins(name, foreign, tmp_path, monkeypatch, capsys):
+    "Two steps from a folder's weights, then pictures of a prompt; the folder is not asked for its network again."
+    monkeypatch.chdir(tmp_path)
+    words = few(foreign, **TWINS[name])
+    r = check(read(name), words)
+    part = TWINS[name].get('part', 'unet')
+    theirs, b = load_folder(foreign/TWINS[name]['kind'], part).state_dict(), build(r)
+    assert all((v==theirs[k]).all() for k,v in b.task.denoiser.state_dict().items()) # it starts there
+    batch = next(b.batches())
+    assert set(batch['cond'])=={'sd15': {'text'}, 'sd21_v': {'text'}, 'sdxl': {'text', 'ids'}, 'flux_dev': {'text', 'guidance'}}[name]
+    loss, t = trained(name, words, capsys)
+    assert np.isfinite(loss)
+    own = {k.removeprefix('denoiser.'): v for k,v in t.items()}
+    assert any((own[k]!=v).any() for k,v in theirs.items())
+    if name=='sd21_v': assert any(k.startswith('conditioner.') for k in t)
+    code, _, err = ask('sample run --out x.npz --prompt cat', capsys)
+    assert code==0, err
+    with np.load('x.npz') as z: assert z['x'].dtype==np.uint8 and len(z['x'])==3
+
+def test_text_encoder_learns_slowly(foreign, tmp_path, monkeypatch):
+    "At a tenth of the rate, and all of it."
+    monkeypatch.chdir(tmp_path)
+    b = build(check(read('sd21_v'), few(foreign, **TWINS['sd21_v'])))
+    opt = b.task.optimiser(b.task.net)
+    assert {g['lr_share'] for g in opt.param_groups}=={1., .1}
+    assert sum(len(g['params']) for g in opt.param_groups)==len(list(b.task.net.parameters()))
+
+CONTROL = {'data.set.size': 32, 'conditioner.cache': 'texts'}
+def controlnet(at, kind='sd'):
+    "A model like the folder's, with a ControlNet."
+    kw = load_folder(at/kind, 'unet').preset['kw']
+    return ['--model='+json.dumps({'name': 'unet_controlnet', 'steps': [4, 8], **kw, 'size': 16})]
+
+def test_controlnet(foreign, tmp_path, monkeypatch, capsys):
+    "The copy starts as the base, learns alone, and follows: other pictures to follow, other pictures."
+    monkeypatch.chdir(tmp_path)
+    words = few(foreign, 'sd', **CONTROL)[1:]+controlnet(foreign)
+    theirs = load_folder(foreign/'sd', 'unet').state_dict()
+    net = build(check(read('sd15_controlnet'), words)).task.denoiser
+    assert all((v==theirs[f'enc.{k}']).all() for k,v in net.control.enc.state_dict().items()) and not any(p.requires_grad for p in net.net.parameters())
+    loss, t = trained('sd15_controlnet', words, capsys)
+    assert np.isfinite(loss) and all((t[f'net.{k}']==v).all() for k,v in theirs.items()) and any(v.any() for k,v in t.items() if k.startswith('control.zero'))
+    assert ask('sample run --out x.npz --prompt cat', capsys)[0]==0
+    with np.load('x.npz') as z: assert z['control'].shape==(3, 3, 32, 32) and (z['control'][0]!=z['control'][1]).any()
+    # a second folder to follow, and a ControlNet that the folder has
+    pairs = [o for o in words if not o.startswith('--data.set')]+[f'--data.set={{name: pairs, path: {foreign/"pictures"}, control: {foreign/"sketches"}, captions: metadata.jsonl, size: 32}}', '--data.transforms=[hflip]']
+    b = build(check(read('sd15_controlnet'), [*pairs, f'--weights={foreign/"control"}']))
+    batch = next(b.batches())
+    own = load_folder(foreign/'control', 'controlnet').state_dict()
+    assert all((v==own[k]).all() for k,v in b.task.denoiser.control.state_dict().items()) and batch['cond']['control'].shape==(4, 3, 32, 32)
+    plain = [o for o in words if not o.startswith('--data.transforms')]+['--data.transforms=[hflip]']
+    assert 'nothing to follow' in ask(['train', 'sd15_controlnet', '--out', 'none', *plain], capsys)[2]
+
+LATENTS = {'dit_xl_2': 'name: dit_tiny, size: 8, classes: 9, sigma: true', 'sit_xl_2': 'name: dit_tiny, size: 8, classes: 9, sit: true',
+           'diffit_xl_2': 'name: diffit_latent_tiny, size: 8, classes: 9, sigma: true'}
+@pytest.mark.parametrize('name', LATENTS)
+def test_latent_twins(name, here, capsys):
+    "By class in cached latents: two steps, pictures of all classes."
+    words = [f'--model={{{LATENTS[name]}}}', '--data.set=emoji', '--data.latents=kept', '--data.workers=0', '--codec.path=vae', '--train.steps=2', '--train.batch=4', '--sample.n=9', '--sample.steps=3']
+    loss, _ = trained(name, words, capsys)
+    assert np.isfinite(loss) and Path('kept/latents.json').exists()
+    assert ask('sample run --out x.npz', capsys)[0]==0
+    with np.load('x.npz') as z: assert z['x'].shape==(9, 32, 32, 3) and z['y'].tolist()==list(range(9))
+
+def test_buckets(foreign, tmp_path, monkeypatch, capsys):
+    "Batches of one shape each, XL's numbers of each picture; and what they cannot have."
+    monkeypatch.chdir(tmp_path)
+    words = few(foreign, **TWINS['sdxl'])
+    b = build(check(read('sdxl'), words))
+    seen = {tuple(o['z'].shape[2:]): o['cond']['ids'] for o,_ in zip(b.batches(), range(8))}
+    assert seen.keys()=={(8, 16), (16, 8)}
+    for (h, w),ids in seen.items(): assert (ids[:,4:]==torch.tensor([2*h, 2*w])).all()
+    for more,why in {'--data.latents=kept': 'many shapes', f'--data.set.captions=none.jsonl': 'holds no none.jsonl', '--data.set.least=99': 'no bucket has 99'}.items():
+        assert why in ask(['train', 'sdxl', '--out', 'none', *words, more], capsys)[2]
+    assert not Path('none').exists() and not Path('kept').exists()
+
+NOT = {'--terms.beta=1': 'terms are for system: codec', '--train.optimiser=shared': 'the denoiser alone is trained',
+       '--weights=vae': 'does not fit', '--weights=gone': 'there is no folder gone'}
+@pytest.mark.parametrize('more', NOT)
+def test_more_mistakes(more, here, capsys):
+    code, _, err = ask(['train', 'text.yaml', more], capsys)
+    assert code==2 and NOT[more] in err, err
+
+def test_guidance_must_be_told():
+    with pytest.raises(ValueError, match='flux_dev reads guidance: data.transforms must have guided'): consistent(read('flux_dev'), ['--data.transforms=[hflip]'])
