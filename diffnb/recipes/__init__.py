@@ -191,10 +191,9 @@ def system(name:str)->System: # of a preset
 # %% ../../nbs/70_recipes.ipynb #05d7fe8e
 PARTS = {'model': 'denoiser', 'codec': 'codec', 'conditioner': 'conditioner', 'data.set': 'dataset',
          'data.transforms': 'transform', 'data.tokenizer': 'tokenizer', 'process.schedule': 'schedule',
-         'process.weight': 'weight', 'process.learned': 'variance', 'train.times': 'times',
-         'train.optimiser': 'optimiser', 'train.lr': 'lr', 'train.averages': 'average', 'train.hooks': 'hook',
-         'sample.sampler': 'sampler', 'sample.grid': 'grid', 'sample.narrow': 'narrow',
-         'eval.extractor': 'extractor'} # key -> kind of preset, unless a system says otherwise
+         'process.weight': 'weight', 'process.learned': 'variance', 'train.times': 'times', 'train.lr': 'lr',
+         'train.optimiser': 'optimiser', 'train.averages': 'average', 'train.hooks': 'hook', 'sample.grid': 'grid',
+         'sample.sampler': 'sampler', 'sample.narrow': 'narrow', 'eval.extractor': 'extractor'} # as a rule
 
 # %% ../../nbs/70_recipes.ipynb #658575f6
 def recipe_parser():
@@ -238,8 +237,7 @@ def check(
     "A recipe that can be run. ValueError or FileNotFoundError, in one line, for anything that is wrong with it."
     r = consistent(tree, overrides)
     each_part(asdict(r), there, PARTS | system(r.system).kinds)
-    w = r.weights
-    if w and not located(w).is_dir(): raise FileNotFoundError(f'weights: there is no folder {w}')
+    if (w := r.weights) and not located(w).is_dir(): raise FileNotFoundError(f'weights: there is no folder {w}')
     return r
 
 def there(
@@ -262,8 +260,7 @@ def consistent(
     if 'model' not in tree and not any(o[:7]=='--model' for o in overrides): raise ValueError('a recipe needs a model')
     sub = dict(data=Data, process=Process, terms=Terms, train=Train, sample=Sample, eval=Eval, distill=Distill)
     r = ends(Recipe(**{k: sub[k](**v) if k in sub else v for k,v in merge(tree, overrides).items()}))
-    check_numbers(r)
-    make('grid', r.sample.grid)
+    check_numbers(r); make('grid', r.sample.grid)
     system(r.system).fits(r)
     return r
 
