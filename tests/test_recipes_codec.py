@@ -165,7 +165,10 @@ def test_nothing_can_be_told_to_it(here, capsys):
     for words,why in {'--y 3': 'y: a codec', '--prompt cat': 'prompt: a codec', '--sampler ddim': 'a codec takes no steps', '--w 2': 'not guided'}.items():
         code, _, err = ask(f'sample run --out y.png {words}', capsys)
         assert code==2 and why in err, err
-    assert not Path('y.png').exists()
+    for words in ('distill run --out few', 'sample run --out y.png --adapter run'):
+        code, _, err = ask(words, capsys)
+        assert code==2 and 'it has no denoiser' in err, err
+    assert not Path('y.png').exists() and not Path('few').exists()
 
 def test_what_ships_fits_together():
     "The latents of `emoji_vae` are what `emoji_latent` takes, and its codec is that recipe's usual run."

@@ -172,6 +172,11 @@ def net(self:CodecTask)->nn.Module:
     "All that is trained: the codec, and the critic if there is one."
     return self.codec if self.critic is None else nn.ModuleDict(dict(codec=self.codec, critic=self.critic))
 
+@patch(as_prop=True)
+def denoiser(self:CodecTask):
+    "ValueError: there is none to be distilled or adapted."
+    raise ValueError('a codec was trained here: it has no denoiser')
+
 @patch
 def draw(self:CodecTask,
     batch:dict, # a batch with `x` and `idx`
