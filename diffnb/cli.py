@@ -19,6 +19,7 @@ import torch
 from . import __version__
 from .commands import run, say_mistakes
 from .core import nearest, presets
+from .hub.pipelines import foreign
 from .parts import check_part, dotted, make
 from .peft.core import switch
 from .peft.files import load_adapter
@@ -26,7 +27,7 @@ from .recipes import PARTS, Recipe, build, check, consistent, hooks, identity, o
 from .recipes import system
 from .saving import add_lines, load, load_into, save
 from .store import load_json, load_tensors, newest, save_tensors, sweep, write_file, write_folder
-from .train.checkpoint import checkpoint_in, completed, load_weights, same_run
+from .train.checkpoint import checkpoint_in, completed, load_adapted, load_weights, same_run
 from .train.distill import distill as halve
 from .train.ema import averaged, reconstruct
 from .train.loop import every, fit, rows
@@ -122,9 +123,15 @@ def weights()->dict[str,Path]: # name -> folder
     root = Path(str(files('diffnb')/'trained'))
     return {p.parent.name: p.parent for p in sorted(root.glob('*/recipe.yaml'))}
 
-def open_model(where:str|Path)->Opened: # a run, one of its checkpoints, or the name of weights that ship
+def open_model(
+    where:str|Path,     # a run, one of its checkpoints, or the name of weights that ship; with `tuned`, any folder
+    tuned:str|Path|None=None, # a run of `diffnb finetune`, whose recipe is that of a folder without one
+)->Opened:
     "Find a model and its recipe. FileNotFoundError or ValueError if it cannot be used."
     known, path = weights(), Path(where)
+    if tuned and foreign(path) and (Path(tuned)/'recipe.yaml').is_file():
+        r = consistent(read(Path(tuned)/'recipe.yaml'))
+        return Opened(path, replace(r, weights=str(path)), Path(tuned))
     if str(where) in known and not path.is_dir(): path = folder = known[str(where)]
     else:
         if not path.is_dir(): raise FileNotFoundError(f'there is no run or weights {where}{nearest(where, known)}')
@@ -138,10 +145,13 @@ def weigh(
     average:str|None='ema', # whose weights, of a run; None is the raw ones
 ): # the task, its networks in eval mode
     "The task of a recipe with its trained weights. ValueError if they do not fit."
-    task = system(m.recipe.system).task(m.recipe, m.folder)
-    if (m.path/'state.json').exists(): load_weights(m.path, task.net, average)
-    elif (m.path/'config.json').exists(): load_into(task.net, load(m.path).state_dict(), str(m.path))
-    else: load_into(task.net, load_tensors(m.path/'model.safetensors')[0], str(m.path))
+    state = load_json(m.path/'state.json') if (m.path/'state.json').exists() else {}
+    based = foreign(m.path) or state.get('adapted') # on the recipe's `weights`
+    task = system(m.recipe.system).task(m.recipe, None if based else m.folder)
+    if state.get('adapted'): task.denoiser = load_adapted(m.path, state, average, task.denoiser)
+    elif state: load_weights(m.path, task.net, average)
+    elif not based and (m.path/'config.json').exists(): load_into(task.net, load(m.path).state_dict(), str(m.path))
+    elif not based: load_into(task.net, load_tensors(m.path/'model.safetensors')[0], str(m.path))
     task.net.eval()
     return task
 
@@ -186,7 +196,7 @@ def sample(
     adapter_scale:float=1.,  # how much it counts
 )->int: # exit code
     "Draw samples."
-    kind = system((m := open_model(where)).recipe.system)
+    kind = system((m := open_model(where, adapter)).recipe.system)
     path, what = place(out, kind), (PARTS | kind.kinds)['sample.sampler']
     def part(o): return o and check_part(o, what, presets(what), '--sampler')
     given = dict(n=n, steps=steps, w=w, seed=seed, sampler=part(sampler))

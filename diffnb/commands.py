@@ -44,7 +44,9 @@ def split(
     while argv:
         tok = argv.pop(0)
         if not tok.startswith('--'): own.append(tok); continue
-        key, eq, _ = tok[2:].partition('=')
+        key, eq, value = tok[2:].partition('=')
+        if key.replace('-', '_') in flags: key = key.replace('-', '_') # --adapter-scale is --adapter_scale
+        tok = f'--{key}{eq}{value}'
         is_key = any(key==k or key.startswith(f'{k}.') for k in ks)
         if not is_key and key not in flags: raise ValueError(f'{name} has no flag --{key}{nearest(key, [*flags, *ks])}')
         alone = eq or key=='help' or not is_key and ps[key].annotation is bool

@@ -18,6 +18,7 @@ from .bench.adapters import plot_methods, run_cells
 from .bench.peft import held, nbytes
 from .cli import as_yaml, open_model, weigh
 from .core import create, nearest, preset, presets
+from .hub.pipelines import foreign
 from .parts import Part, check_part
 from .peft.core import names
 from .peft.files import fingerprint, save_adapter
@@ -54,17 +55,18 @@ def adapter_part(
 # %% ../nbs/98_finetune.ipynb #9a46ac2a
 def tuned(
     recipe:dict,     # as written
-    base:str|Path,   # a run, one of its checkpoints, or the name of weights that ship
+    base:str|Path,   # a run, one of its checkpoints, the name of weights that ship, or a folder of another library
     adapter:Part,    # a preset of this kind, or `name` and options
     overrides:Sequence[str]=(), # keys of the recipe
 )->Tuned:
     "Put an adapter on the trained network. ValueError if the recipe means another network."
     part = adapter_part(adapter)
-    m, r = open_model(base), check(recipe, overrides)
-    if m.recipe.model!=r.model or m.recipe.system!=r.system:
-        raise ValueError(f'the base is a {m.recipe.model} for {m.recipe.system}, and the recipe has a {r.model} for '
-                         f'{r.system}: an adapter needs the same')
-    b, net = build(r), weigh(m, m.recipe.sample.average).denoiser.train()
+    other = [f'--weights={base}'] if foreign(Path(base)) else []
+    m, r = None if other else open_model(base), check(recipe, [*overrides, *other])
+    if m and m.recipe.model!=r.model:
+        raise ValueError(f'the base is a {m.recipe.model}, and the recipe has a {r.model}: an adapter needs the same')
+    b = build(r)
+    net = (weigh(m, m.recipe.sample.average) if m else b.task).denoiser.train()
     mark = fingerprint(net)
     make = create(part['name'], kind='adapter', **{k: v for k,v in part.items() if k!='name'})
     with seeded(Rng(r.train.seed).at('adapter'), next(net.parameters()).device): net = make(net)
@@ -87,7 +89,7 @@ def trained_by(
 @preset('command')
 def finetune(
     recipe:str,             # a shipped recipe's name, or a YAML file
-    base:str,               # a run, one of its checkpoints, or the name of weights that ship
+    base:str,               # a run, one of its checkpoints, the name of weights that ship, or another library's folder
     adapter:Part='lora',    # see `diffnb list adapter`; with options: '{name: lora, rank: 4}'
     out:str|None=None,      # the run's folder; default runs/RECIPE-ADAPTER
     overrides:Sequence[str]=(), # keys of the recipe, such as --train.steps=5
@@ -97,6 +99,8 @@ def finetune(
     folder = Path(out or f'runs/{Path(recipe).stem}-{t.adapter["name"]}')
     if folder.exists() and not folder.is_dir(): raise ValueError(f'{folder} is a file: give another --out')
     run, net = trained_by(t, folder)
+    if t.recipe.weights: # another library's folder has no recipe
+        with write_file(folder/'recipe.yaml') as f: f.write_text(as_yaml(t.recipe), 'utf-8')
     if run.stopped:
         print(f'stopped by {run.stopped} after step {run.progress.step}; the same command goes on')
         return 130

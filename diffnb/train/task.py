@@ -140,6 +140,7 @@ class DiffusionTask:
     lr:Callable=constant()           # images seen -> learning rate
     count:Callable|None=None         # `Loss -> Loss`: what a mean is over, see `by_sample`; None: all elements alike
     penalty:Callable|None=None       # denoiser -> scalar added to the loss in training, see `rank_penalty`
+    alone:nn.Module|None=None        # the one part that is trained, such as a word; None: all that can be
     def __post_init__(self):
         if not 0<=self.drop<=1: raise ValueError(f'drop is a probability, not {self.drop}')
         device = next((p.device for p in self.denoiser.parameters()), None)
@@ -155,6 +156,7 @@ def learns(
 @patch(as_prop=True)
 def net(self:DiffusionTask)->nn.Module:
     "All that is trained: the denoiser, and of codec, conditioner and weight of the loss what has parameters to train."
+    if self.alone is not None: return self.alone
     parts = dict(codec=self.codec, conditioner=self.conditioner, weight=getattr(self.process, 'weight', None))
     more = {k: o for k,o in parts.items() if learns(o)}
     return nn.ModuleDict(dict(denoiser=self.denoiser, **more)) if more else self.denoiser
@@ -224,6 +226,7 @@ def loss(self:DiffusionTask,
     t, rng = batch['t'].to(z.device), rng.of(batch['idx']).at('noise')
     loss = self.process.loss(call, z, t, keep=keep, mask=mask, rng=rng)
     if self.count is not None: loss = self.count(loss)
+    if 'weight' in batch: loss = loss._replace(value=loss.value*expand(batch['weight'].to(loss.value), loss.value))
     if self.penalty is not None and torch.is_grad_enabled():
         loss = loss._replace(value=loss.value+self.penalty(self.denoiser))
     own = None if self.codec is None or 'x' not in batch else self.codec.loss(batch['x'], z)
