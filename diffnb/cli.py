@@ -120,8 +120,7 @@ class Opened(NamedTuple):
 
 def weights()->dict[str,Path]: # name -> folder
     "The trained weights that come with diffnb."
-    root = Path(str(files('diffnb')/'trained'))
-    return {p.parent.name: p.parent for p in sorted(root.glob('*/recipe.yaml'))}
+    return {p.parent.name: p.parent for p in sorted(Path(str(files('diffnb')/'trained')).glob('*/recipe.yaml'))}
 
 def open_model(
     where:str|Path,     # a run, one of its checkpoints, or the name of weights that ship; with `tuned`, any folder
@@ -130,8 +129,7 @@ def open_model(
     "Find a model and its recipe. FileNotFoundError or ValueError if it cannot be used."
     known, path = weights(), Path(where)
     if tuned and foreign(path) and (Path(tuned)/'recipe.yaml').is_file():
-        r = consistent(read(Path(tuned)/'recipe.yaml'))
-        return Opened(path, replace(r, weights=str(path)), Path(tuned))
+        return Opened(path, replace(consistent(read(Path(tuned)/'recipe.yaml')), weights=str(path)), Path(tuned))
     if str(where) in known and not path.is_dir(): path = folder = known[str(where)]
     else:
         if not path.is_dir(): raise FileNotFoundError(f'there is no run or weights {where}{nearest(where, known)}')
@@ -140,6 +138,7 @@ def open_model(
     if not (folder/'recipe.yaml').is_file(): raise ValueError(f'{folder} has no recipe.yaml, as diffnb train writes it')
     return Opened(path, consistent(read(folder/'recipe.yaml')), folder)
 
+# %% ../nbs/71_cli.ipynb #a03ec457
 def weigh(
     m:Opened,             # as opened
     average:str|None='ema', # whose weights, of a run; None is the raw ones
