@@ -155,3 +155,25 @@ def test_the_other_library_trains_here():
     assert count==sum(p.numel() for p in ddpm(8).model.parameters()) and seen>=2 and seen%2==0
     x = draw(torch.arange(2))
     assert x.dtype==torch.uint8 and x.shape==(2, 1, 28, 28)
+
+# --- many machines
+def test_what_ranks_hold_and_send():
+    "By hand, and against Adam's own state; in parts nothing is lost: the ranks together hold at least the whole."
+    from diffnb.bench import state_bytes, traffic
+    net = torch.nn.Linear(7, 5)
+    n, opt = sum(p.numel() for p in net.parameters()), torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 7)).sum().backward(); opt.step()
+    moments = sum(v.numel()*4 for s in opt.state.values() for k,v in s.items() if k!='step')
+    assert state_bytes(n, averages=0)==dict(weights=4*n, gradients=4*n, optimiser=moments)
+    for ranks in (1, 3, 4096): assert all(ranks*v>=w for v,w in zip(state_bytes(n, ranks).values(), state_bytes(n).values()))
+    assert state_bytes(n, 3, 'none')==state_bytes(n) and state_bytes(9, 3, 'optimiser', 2)==dict(weights=18, gradients=18, optimiser=36)
+    assert traffic(8, 1)==0 and traffic(8, 4, True)==12 and traffic(8, 4)==18
+    with pytest.raises(ValueError, match='none, optimiser or all'): state_bytes(1, parts='some')
+
+def test_a_dit_by_hand():
+    "A block's 24nd^2+4n^2d and 12d^2 of modulations, in numbers and on the meta device alike."
+    def count(depth, device):
+        with torch.device(device): net = create('dit', depth=depth, dim=64, heads=2, size=8)
+        x, t, cond = net.demo(1)
+        with torch.no_grad(): return operations(lambda: net(x.to(device), t.float().to(device), **{k: v.to(device) for k,v in cond.items()}))
+    for device in ('cpu', 'meta'): assert count(3, device)-count(1, device)==2*(24*16*64**2+4*16**2*64+12*64**2)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Ratio', 'median_of', 'turns', 'ratio', 'versions', 'keep', 'kept', 'renew', 'table', 'apart', 'randomise',
-           'operations', 'product', 'limit', 'compare', 'exponent', 'growth', 'shown', 'drawn', 'jobs', 'bench']
+           'operations', 'product', 'limit', 'compare', 'exponent', 'growth', 'state_bytes', 'traffic', 'shown',
+           'drawn', 'jobs', 'bench']
 
 # %% ../../nbs/65_bench.ipynb #723344ff
 import inspect, platform, time
@@ -229,6 +230,27 @@ def growth(
     n = [o/n[0] for o in n] if n[0] else [0.]*len(n)
     return dict(sizes=sizes, cost=[o.median for o in cost], lo=[o.lo for o in cost], hi=[o.hi for o in cost], work=n,
                 exponent=exponent(sizes, [o.median for o in cost]), work_exponent=exponent(sizes, n))
+
+# %% ../../nbs/65_bench.ipynb #c385b9a2
+def state_bytes(
+    params:int,      # of the network
+    ranks:int=1,     # that share them
+    parts:str='all', # what is in parts: 'none' (DDP), 'optimiser', or 'all' (FSDP)
+    width:int=4,     # bytes of weights and gradients; moments and averages have 4
+    averages:int=1,  # of the weights
+)->dict: # bytes on each rank
+    "What training holds besides activations. ValueError for another word."
+    if parts not in ('none', 'optimiser', 'all'): raise ValueError(f'parts is none, optimiser or all, not {parts!r}')
+    few, rest = -(-params//ranks), params if parts!='all' else -(-params//ranks)
+    return dict(weights=width*rest, gradients=width*rest, optimiser=4*(2+averages)*(params if parts=='none' else few))
+
+def traffic(
+    nbytes:int,       # of weights
+    ranks:int,        # that train together
+    whole:bool=False, # each has all weights (DDP), else in parts (FSDP)
+)->float: # bytes that a rank sends in a step
+    "Ring collectives: an all-reduce, or two all-gathers and a reduce-scatter."
+    return (2 if whole else 3)*nbytes*(ranks-1)/ranks
 
 # %% ../../nbs/65_bench.ipynb #a47844b0
 def shown(
