@@ -40,9 +40,7 @@ def same_recipe(
 )->None:
     "ValueError if the folder holds a run of another recipe."
     path = newest(out)[0] if out.is_dir() else None
-    if path is None: return
-    then = load_json(path/'state.json')['recipe']
-    same_run(then or {}, identity(r), str(out))
+    if path is not None: same_run(load_json(path/'state.json')['recipe'] or {}, identity(r), str(out))
 
 def train(
     recipe:str,            # a shipped recipe's name, or a YAML file

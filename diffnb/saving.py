@@ -6,7 +6,7 @@
 __all__ = ['BROKEN', 'load_into', 'save', 'load_fields', 'made', 'load', 'add_lines', 'load_arrays', 'unpacked', 'located']
 
 # %% ../nbs/05_saving.ipynb #409fba65
-import gzip, importlib.util, os, struct, tokenize, zipfile, zlib
+import gzip, importlib.util, io, os, struct, tokenize, zipfile, zlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -109,7 +109,7 @@ def load(
     return net.to(device)
 
 # %% ../nbs/05_saving.ipynb #7bbf8e99
-BROKEN = (ValueError, TypeError, EOFError, NotImplementedError, OverflowError, MemoryError, SyntaxError,
+BROKEN = (ValueError, TypeError, OSError, EOFError, NotImplementedError, OverflowError, MemoryError, SyntaxError,
           tokenize.TokenError, struct.error, zlib.error, zipfile.BadZipFile) # what an altered archive leads to
 
 def add_lines(
@@ -124,8 +124,9 @@ def add_lines(
 
 def load_arrays(path:str|PathLike)->dict: # name -> array
     "The arrays of an .npz file, none of them a pickle. `Damaged` if a byte of it has changed."
+    data = Path(path).read_bytes() # so that what fails below is the content
     try:
-        with np.load(path, allow_pickle=False) as z: return dict(z)
+        with np.load(io.BytesIO(data), allow_pickle=False) as z: return dict(z)
     except BROKEN as e:
         raise Damaged(f'{path} is not as it was packed ({e}): fetch it again') from None
 

@@ -106,7 +106,7 @@ def file_names(h):
         seen[o.num] = o.name
         if o.walk:
             if o.exp: yield f'{o.name}: a walkthrough exports nothing'
-        elif o.stem[3:]!=(o.exp or '').removesuffix('.__init__'): yield f'{o.name}: exports {o.exp}'
+        elif o.stem.split('_', 1)[1]!=(o.exp or '').removesuffix('.__init__'): yield f'{o.name}: exports {o.exp}'
 
 @rule
 def import_order(h):

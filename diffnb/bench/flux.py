@@ -146,7 +146,8 @@ def lora_step(
     tiny:bool=False, # small, to see that it works
 )->tuple[Callable,Callable]: # ours and theirs
     "Output and gradient of LoRA of rank 8 in the attention of a DiT of the width of S/2, on two latents of 32x32."
-    peft, make = need('peft', 'bench'), partial(create, 'dit_tiny') if tiny else partial(create, 'dit', depth=4, dim=384, heads=6)
+    peft = need('peft', 'bench')
+    make = partial(create, 'dit_tiny') if tiny else partial(create, 'dit', depth=4, dim=384, heads=6)
     ref = peft.get_peft_model(randomise(make()), peft.LoraConfig(r=8, target_modules=['attn.qkv', 'attn.proj'])).eval()
     for k,p in ref.named_parameters():
         if 'lora_B' in k: p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(2))/10
