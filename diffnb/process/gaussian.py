@@ -257,7 +257,7 @@ def before(self:Gaussian,
     "For training: the network's own estimate for a share of the samples, zeros for the others."
     if self.self_cond is None: return None
     some = (rng or Rng()).at('self_cond').bernoulli(torch.full((len(x_t),), float(self.self_cond.share))).to(x_t.device)
-    if not some.any(): return None
+    if not self.self_cond.share: return None # else asked in any case: processes that train together do the same
     est = self.estimate(call, x_t, t)
     return est._replace(x0=torch.where(expand(some, x_t), est.x0, 0.))
 

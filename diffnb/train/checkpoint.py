@@ -20,9 +20,8 @@ from ..core import create, nearest
 from ..peft.core import names, slots, switch
 from ..peft.files import base_of, rebuilt, recorded, same_base
 from ..rng import Rng
-from ..saving import load, load_fields, load_into
-from ..store import Damaged, check_folder, load_json, load_tensors, newest, point, prune
-from ..store import save_json, save_tensors, sound, write_folder
+from ..saving import Ranks, load, load_fields, load_into
+from ..store import Damaged, check_folder, load_json, load_tensors, newest, point, prune, save_json, sound
 from .ema import EMA
 from .task import alike
 
@@ -127,6 +126,7 @@ def save_checkpoint(
     rng:Rng,                    # of the run
     recipe:dict|None=None,      # plain values, compared when the run goes on
     keep:int=2,                 # complete checkpoints to keep, at least 2
+    ranks:Ranks=Ranks(),        # who writes
 )->Path: # such as `RUN/step-00001234`
     "Write a checkpoint, let `latest` name it, delete old ones. OSError if it cannot be written: the old ones stay."
     path = Path(folder)/f'step-{progress.step:08d}'
@@ -140,12 +140,11 @@ def save_checkpoint(
     state = dict(progress=asdict(progress), facts=facts(rng), averages=sorted(emas), parts=parts,
                  adapted=adapted(den) if left else None,
                  recipe=recipe, recipe_hash=None if recipe is None else recipe_hash(recipe))
-    with write_folder(path, room=sum(t.numel()*t.element_size() for o in files.values() for t in o.values())) as tmp:
-        for k,o in files.items(): save_tensors(tmp/f'{k}.safetensors', o)
-        save_json(tmp/'optim.json', rest)
-        save_json(tmp/'state.json', state)
-        if made: save_json(tmp/'config.json', dict(dict(format=1, kind='denoiser'), **made))
-    settle(folder, path.name, keep)
+    texts = dict(optim=rest, state=state, **{'config': dict(dict(format=1, kind='denoiser'), **made)} if made else {})
+    with ranks.folder(path, sum(t.numel()*t.element_size() for o in files.values() for t in o.values())) as tmp:
+        for k,o in files.items(): ranks.write(tmp/f'{k}.safetensors', o)
+        for k in texts if ranks.rank==0 else (): save_json(tmp/f'{k}.json', texts[k])
+    ranks.first(settle, folder, path.name, keep)
     return path
 
 def settle(
@@ -176,6 +175,7 @@ def load_checkpoint(
     net:nn.Module,             # gets the raw weights
     opt:torch.optim.Optimizer, # gets its moments
     emas:dict[str,EMA],        # get theirs
+    ranks:Ranks=Ranks(),       # who reads
 )->Progress: # where the run is
     "Read a checkpoint back. ValueError if it was made for another network, optimiser or set of averages."
     path = Path(path)
@@ -184,13 +184,13 @@ def load_checkpoint(
         raise ValueError(f'{path.name} holds the averages {state["averages"]}, and this run has {sorted(emas)}')
     fits_base(state, net, path.name)
     left, own = still(net), net.state_dict()
-    def read(name): return load_tensors(path/name)[0], f'{path.name}/{name}'
+    def read(name): return ranks.read(path/name, own), f'{path.name}/{name}'
     tensors, what = read('model.safetensors')
     load_into(net, {**{k: own[k] for k in left}, **tensors}, what)
     for k,e in emas.items():
         tensors, what = read(f'ema-{k}.safetensors')
         put(tensors, e, what, left)
-    restore_optimiser(net, opt, load_tensors(path/'optim.safetensors')[0], load_json(path/'optim.json'))
+    restore_optimiser(net, opt, read('optim.safetensors')[0], load_json(path/'optim.json'))
     return Progress(**state['progress'])
 
 def read_state(
@@ -220,8 +220,7 @@ def same_run(
 )->None:
     "ValueError that names the first of the keys whose values differ."
     then, now = flat(json.loads(json.dumps(then))), flat(json.loads(json.dumps(now)))
-    diff = [k for k in {**now, **then} if then.get(k)!=now.get(k)]
-    if diff:
+    if diff := [k for k in {**now, **then} if then.get(k)!=now.get(k)]:
         k, more = diff[0], f' (and {len(diff)-1} more: {", ".join(diff[1:4])})' if len(diff)>1 else ''
         raise ValueError(f'{what} was started with {k} = {then.get(k)!r}, and now it is {now.get(k)!r}{more}: '
                          'go on with the old value, or start a run in another folder')
@@ -235,9 +234,10 @@ def resume(
     rng:Rng,                   # of the run
     recipe:dict|None=None,     # must be the recipe that it was started with
     keep:int=2,                # complete checkpoints to keep, at least 2
+    ranks:Ranks=Ranks(),       # who reads
 )->tuple[Progress,list[str]]: # where the run is, and what there is to say about it
     "Go on from the newest whole checkpoint, or start; ValueError for another recipe or seed, or if all are damaged."
-    path, passed_over = newest(folder)
+    path, passed_over = ranks.first(newest, folder)
     notes = [f'passed over {Path(p).name}: {why}' for p,why in passed_over]
     found = [p for p,_ in passed_over if not Path(p).name.startswith('.')] # hidden: a first save that was killed
     if path is None and found:
@@ -249,8 +249,8 @@ def resume(
     for k in ('torch', 'diffnb'):
         was = state['facts'].get(k)
         if was!=here[k]: notes.append(f'{k} was {was} and is {here[k]}: the same run, but not to the bit')
-    progress = load_checkpoint(path, net, opt, emas)
-    if sound(Path(folder)/path.name): settle(folder, path.name, keep)
+    progress = load_checkpoint(path, net, opt, emas, ranks)
+    if ranks.first(sound, Path(folder)/path.name): ranks.first(settle, folder, path.name, keep)
     return progress, [*notes, f'going on from {path.name}']
 
 # %% ../../nbs/54_train.checkpoint.ipynb #eeb224a2

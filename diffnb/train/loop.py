@@ -9,7 +9,7 @@ __all__ = ['EVENTS', 'Options', 'Step', 'Run', 'per_sample', 'gradient', 'train_
 # %% ../../nbs/55_train.loop.ipynb #0f410e42
 import itertools, json, math, signal, sys, threading, time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +18,9 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
-from ..core import Loss, mean_loss, nearest
+from ..core import Loss, nearest
 from ..rng import Rng
-from ..saving import add_lines
+from ..saving import Ranks, add_lines
 from ..store import sweep, write_file
 from .checkpoint import Progress, alone, resume, save_checkpoint
 from .ema import EMA, draw_samples, halflife
@@ -69,6 +69,7 @@ class Run:
     stopped:str|None=None               # the signal that ended it
     failed:int=0                        # saves that failed in a row
     rows:list=field(default_factory=list) # of the log
+    ranks:Ranks=field(default_factory=Ranks) # who trains together
 
 # %% ../../nbs/55_train.loop.ipynb #2fba6539
 def per_sample(
@@ -87,22 +88,24 @@ def gradient(
     scaler:torch.amp.GradScaler, # for float16
 )->tuple[float,Tensor,Tensor]: # mean loss; times and losses of the samples
     "Put the gradient of a whole batch into `.grad`, part by part."
-    task, n, o = run.task, len(batch['idx']), run.options
+    task, n, amp, ranks = run.task, len(batch['idx']), run.options.amp, run.ranks
     rng, device = run.rng.at('train', step=run.progress.step), next(task.net.parameters()).device
-    total, counted, elements, seen = 0., 0, 0, []
-    for i,part in enumerate(pieces(to(task.draw(batch, rng), device), o.accumulate)):
-        with seeded(rng.at('dropout', step=i), device), torch.autocast(device.type, o.amp, enabled=o.amp is not None):
-            loss = task.loss(part, rng)
-        m = loss.value.numel() if loss.mask is None else int(loss.mask.expand_as(loss.value).sum())
-        elements = n*loss.value[0].numel()
-        mean = mean_loss(loss)*(m/elements)
+    k, total, counted, elements, seen = run.options.accumulate, 0., 0, 0, []
+    parts, first = enumerate(pieces(task.draw(batch, rng), k*ranks.world)), k*ranks.rank
+    for i,part in itertools.islice(parts, first, first+k):
+        with seeded(rng.at('dropout', step=i), device), torch.autocast(device.type, amp, enabled=amp is not None):
+            loss = ranks.loss(task, to(part, device), rng, i==first+k-1)
+        mask = torch.ones_like(loss.value, dtype=torch.bool) if loss.mask is None else loss.mask.expand_as(loss.value)
+        m, elements = int(mask.sum()), n*loss.value[0].numel()
+        mean = torch.where(mask, loss.value, 0.).double().sum()/elements # wherever the batch is cut, the same
         scaler.scale(mean).backward()
         total, counted = total+mean.item(), counted+m
         seen.append(per_sample(loss))
+    t, each = (torch.cat(v) for v in zip(*seen))
+    total, counted, t, each = ranks.join(total, counted, t, each, n*first//(k*ranks.world), n)
     if 0<counted<elements: # the elements that count are known only now
         for p in task.net.parameters():
             if p.grad is not None: p.grad.mul_(elements/counted)
-    t, each = (torch.cat(v) for v in zip(*seen))
     return total*elements/max(counted, 1), t, each
 
 # %% ../../nbs/55_train.loop.ipynb #e158a922
@@ -118,8 +121,10 @@ def train_step(
     run.opt.zero_grad()
     loss, t, each = gradient(run, batch, scaler)
     scaler.unscale_(run.opt)
+    run.ranks.agree(scaler, run.opt)
     weights = [w for g in run.opt.param_groups for w in g['params']]
-    norm = clip_grad_norm_(weights, math.inf if clip is None else clip).item()
+    norm = clip_grad_norm_(weights, math.inf if clip is None else clip)
+    norm = getattr(norm, 'full_tensor', lambda: norm)().item() # of all parts of the network
     ok = math.isfinite(loss) and math.isfinite(norm)
     for g in run.opt.param_groups: g['lr'] = lr*g.get('lr_share', 1.)
     if ok: scaler.step(run.opt)
@@ -226,10 +231,9 @@ def checked(
     hooks:dict|None, # event -> function, or list of functions
 )->dict[str,list[Callable]]:
     "Hooks as lists. ValueError for an event that never happens."
-    hooks = hooks or {}
-    for k in hooks:
+    for k in hooks or {}:
         if k not in EVENTS: raise ValueError(f'no event is called {k!r}{nearest(k, EVENTS)}')
-    return {k: list(v) if isinstance(v, list | tuple) else [v] for k,v in hooks.items()}
+    return {k: list(v) if isinstance(v, list | tuple) else [v] for k,v in (hooks or {}).items()}
 
 def every(
     n:int,      # steps
@@ -257,9 +261,9 @@ def begin(
 )->list[str]: # what there is to say
     "Go on where the folder's run stopped, or start one."
     if run.folder is None: return []
-    said = [f'{what}: {Path(p).name}' for p,what in sweep(run.folder)]
-    task, keep = run.task, run.options.keep
-    run.progress, notes = resume(run.folder, task.net, run.opt, run.emas, run.rng, run.recipe, keep)
+    said = [f'{what}: {Path(p).name}' for p,what in run.ranks.first(sweep, run.folder)]
+    what, how = (run.task.net, run.opt, run.emas, run.rng, run.recipe), (run.options.keep, run.ranks)
+    run.progress, notes = resume(run.folder, *what, *how)
     return said+notes
 
 def save(
@@ -269,8 +273,8 @@ def save(
 )->None:
     "Write a checkpoint. If that fails (a full disk), say so and train on; the third in a row is raised, and the last."
     if run.folder is None: return
-    net, keep = run.task.net, run.options.keep
-    try: run.saved = save_checkpoint(run.folder, net, run.opt, run.emas, run.progress, run.rng, run.recipe, keep)
+    what, how = (run.task.net, run.opt, run.emas, run.progress, run.rng, run.recipe), (run.options.keep, run.ranks)
+    try: run.saved = save_checkpoint(run.folder, *what, *how)
     except OSError as e:
         run.failed += 1
         log.say(f'step {run.progress.step} could not be saved: {e}')
@@ -282,8 +286,7 @@ def give_up(
     batch:dict, # the last one
 )->None:
     "FloatingPointError if too many steps in a row were not finite. It names the samples and the last good checkpoint."
-    n = run.progress.in_a_row
-    if n<run.options.patience: return
+    if (n := run.progress.in_a_row)<run.options.patience: return
     where = f'the last good checkpoint is {run.saved}' if run.saved else 'there is no checkpoint yet'
     who = ', '.join(map(str, batch['idx'].tolist()[:8]))
     raise FloatingPointError(f'{n} steps in a row were not finite, the last with samples {who}, ...: {where}')
@@ -298,16 +301,19 @@ def fit(
     averages:dict|None=None,        # name -> decay, such as `halflife()`; None is one called 'ema'
     hooks:dict|None=None,           # event -> function of the run, or list of functions
     recipe:dict|None=None,          # plain values; a run goes on with the recipe that it was started with
+    ranks:Ranks|None=None,          # who trains together, see `train.parallel`; None is this process
     **options,                      # see `Options`
 )->Run:
     "Train to a number of steps. RuntimeError if the folder is in use, FloatingPointError if steps keep failing."
-    hooks, folder = checked(hooks), None if folder is None else Path(folder)
+    hooks, folder, ranks = checked(hooks), None if folder is None else Path(folder), ranks or Ranks()
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
+    task, first = ranks.shard(task), ranks.rank==0
     emas = {k: EMA(task.net, d) for k,d in ({'ema': halflife()} if averages is None else averages).items()}
-    run = Run(task, task.optimiser(task.net), emas, rng or Rng(), Options(**options), folder, recipe)
-    with alone(folder), signals() as caught:
+    run = Run(task, task.optimiser(task.net), emas, rng or Rng(), Options(**options), folder, recipe, ranks=ranks)
+    with ExitStack() as stack, signals() as caught:
+        ranks.first(stack.enter_context, alone(folder))
         notes = begin(run)
-        log = Log(folder, steps, run.progress.step, run.options.bar)
+        log = Log(folder if first else None, steps, run.progress.step, run.options.bar and first)
         for o in notes: log.say(o)
         todo = itertools.islice(batches(start=run.progress.images), max(0, steps-run.progress.step))
         try: walk(run, todo, hooks, caught, log)
@@ -323,12 +329,11 @@ def walk(
     log:Log,                 # where to report
 )->None:
     "The loop itself."
-    o, p, run.rows = run.options, run.progress, log.rows
+    o, p, run.rows, stop = run.options, run.progress, log.rows, 0
     device = next(run.task.net.parameters()).device.type
     scaler = torch.amp.GradScaler(device, enabled=o.amp is torch.float16)
     if p.scaler: scaler.load_state_dict(p.scaler)
-    def tell(event):
-        for f in hooks.get(event, ()): f(run)
+    def tell(event): run.ranks.tell(run, hooks.get(event, ()))
     tell('start')
     for batch in batches:
         run.last = train_step(run, batch, scaler)
@@ -337,8 +342,8 @@ def walk(
         give_up(run, batch)
         if p.step%o.log_every==0: log.row(p); tell('row')
         if p.step%o.save_every==0: save(run, log); tell('save')
-        if caught: break
+        if stop := run.ranks.most(signal.Signals[caught[0]] if caught else 0): break
     if log.window: log.row(p)
-    if caught: run.stopped = caught[0]; log.say(f'{caught[0]}: stopping after step {p.step}')
+    if stop: run.stopped = signal.Signals(stop).name; log.say(f'{run.stopped}: stopping after step {p.step}')
     if run.last is not None and (p.step%o.save_every or run.failed): save(run, log, last=True); tell('save')
     tell('end')
