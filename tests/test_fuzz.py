@@ -38,7 +38,7 @@ def test_recipes_that_used_to_break(recipe, tmp_path, capsys):
 
 def test_json_of_nothing(tmp_path):
     "Three bytes a list in the file would be sixty-four in memory."
-    (tmp_path/'a.json').write_text('['+','.join(['[]']*2**20)+',[]]')
+    (tmp_path/'a.json').write_text('['+','.join(['[]']*2**20)+',[],[]]')
     with pytest.raises(Damaged, match='million'): load_json(tmp_path/'a.json')
 
 def test_a_note_too_deep(tmp_path):
