@@ -12,6 +12,7 @@ from diffnb.cli import main
 from diffnb.conditioners.cache import Cached
 from diffnb.core import create, mean_loss
 from diffnb.data.images import batches
+from diffnb.hub import load_folder
 from diffnb.hub.pipelines import load_pipeline, pipeline_text
 from diffnb.process.gaussian import Gaussian
 from diffnb.rng import Rng
@@ -199,3 +200,65 @@ def test_pictures_and_texts(made, tmp_path):
     with pytest.raises(ValueError, match='give size='): subject(made/'it', prior=tmp_path/'b.npz')
     assert subject(made/'it', prior=tmp_path/'b.npz', size=8).shape==(3, 8, 8)
     with pytest.raises(ValueError, match='at least 0'): subject(made/'it', weight=-1.)
+
+# --- the commands ---
+def ask(words, capsys):
+    capsys.readouterr()
+    code = main(list(map(str, words)))
+    return code, *capsys.readouterr()
+
+def drawn(words, capsys):
+    code, _, err = ask(['sample', *words, '--out', 'x.npz'], capsys)
+    assert code==0, err
+    with np.load('x.npz') as z: return z['x']
+
+@pytest.fixture
+def keys(made, tmp_path, monkeypatch):
+    "A tiny folder in place of Stable Diffusion's, for the recipes as they ship."
+    monkeypatch.chdir(tmp_path)
+    net = load_folder(made/'sd', 'unet').preset
+    over = {'weights': made/'sd', 'model': json.dumps({'name': net['name'], **net['kw'], 'size': 8}), 'codec.path': made/'sd', 'conditioner.path': made/'sd', 'data.set.path': made/'it',
+            'data.set.size': 16, 'train.steps': 4, 'train.log_every': 2, 'sample.n': 2, 'sample.steps': 2}
+    return [f'--{k}={v}' for k,v in over.items()]
+
+PERSONAL = dict(textual_inversion=['--conditioner.like=cube', '--data.set.says=[a <it>, red <it>]', '--train.lr={name: constant, lr: 0.3}'],
+                dreambooth=['--data.set.prior=MADE/kind', '--data.set.says=a cube', '--data.set.prior_says=a red cube', '--train.lr={name: constant, lr: 1.0e-2}'])
+def at(made, words): return [o.replace('MADE', str(made)) for o in words]
+@pytest.mark.parametrize('name', PERSONAL)
+def test_train_and_draw(name, made, keys, tmp_path, capsys):
+    "The recipe that ships, in four steps on a tiny folder: it goes on bit for bit, leaves what it should, and what it learnt shows."
+    more = [*keys, *at(made, PERSONAL[name])]
+    def train(out, *last):
+        code, _, err = ask(['train', name, '--out', out, *more, *last], capsys)
+        assert code==0, err
+    train('whole'); train('two', '--train.steps=2'); train('two')
+    a, b = (load_tensors(tmp_path/o/'step-00000004'/'model.safetensors')[0] for o in ('whole', 'two'))
+    assert a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
+    train('none', '--train.lr={name: constant, lr: 0.0}')
+    net = load_folder(made/'sd', 'unet').state_dict()
+    if name=='textual_inversion':
+        assert [tuple(v.shape) for v in a.values()]==[(1, 24)]
+        assert torch.equal(read_word(tmp_path/'whole')[1][0], next(iter(a.values()))) and read_word(tmp_path/'whole')[0]=='<it>'
+        assert (drawn(['whole', '--prompt', 'a <it>'], capsys)!=drawn(['none', '--prompt', 'a <it>'], capsys)).any()
+        assert (drawn(['whole', '--prompt', 'a cube'], capsys)==drawn(['none', '--prompt', 'a cube'], capsys)).all() # all else is as it was
+        assert (drawn(['none', '--prompt', 'a <it>'], capsys)==drawn(['none', '--prompt', 'a cube'], capsys)).all() # it starts there
+    else:
+        assert a.keys()==net.keys() and all((v!=net[k]).any() for k,v in a.items() if v.ndim>1)
+        assert (drawn(['whole', '--prompt', 'a cube'], capsys)!=drawn(['none', '--prompt', 'a cube'], capsys)).any()
+
+def test_dreambooth_by_an_adapter(made, keys, capsys):
+    "With LoRA in place of all weights."
+    code, _, err = ask(['finetune', 'dreambooth', '--base', made/'sd', '--out', 'run', *keys[1:], *at(made, PERSONAL['dreambooth'])], capsys)
+    assert code==0, err
+    on, off = (drawn([made/'sd', '--adapter', 'run', '--adapter-scale', s, '--prompt', 'a cube'], capsys) for s in (1, 0))
+    assert (on!=off).any()
+
+KIND = ['--data.set.prior=MADE/kind', '--data.set.prior_says=a']
+WRONG = {'textual_inversion needs a word': ['textual_inversion', '--conditioner={name: pipeline_text, path: MADE/sd}'], 'take a word of one': ['textual_inversion', '--conditioner.like=zzz'],
+         "has 'cube</w>' already": ['textual_inversion', '--conditioner.like=cube', '--conditioner.token=cube</w>'], 'is odd': ['dreambooth', '--train.batch=3', *KIND],
+         'dreambooth needs data.set': ['dreambooth', '--data.set={name: emoji}'], 'at least 0': ['dreambooth', '--data.set.weight=-1', *KIND]}
+@pytest.mark.parametrize('why', WRONG)
+def test_mistakes(why, made, keys, capsys):
+    name, *words = WRONG[why]
+    code, _, err = ask(['train', name, *keys, *at(made, words)], capsys)
+    assert code==2 and why in err and len(err.strip().splitlines())==1 and not Path('runs').exists(), err

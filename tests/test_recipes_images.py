@@ -1,5 +1,5 @@
 "Recipes for images by text and in latents, from the command line, with tiny networks and a random sentence encoder."
-import json
+import json, shutil
 from pathlib import Path
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from diffnb.codec.vae import vae_tiny
 from diffnb.data.images import emoji
 from diffnb.hub import load_folder
 from diffnb.recipes import build, check, consistent, read, shipped
-from diffnb.store import load_tensors
+from diffnb.store import load_tensors, save_tensors
 from diffnb.viz import save_png
 
 TEXT = '''
@@ -193,6 +193,36 @@ def test_twins(name, foreign, tmp_path, monkeypatch, capsys):
     code, _, err = ask('sample run --out x.npz --prompt cat', capsys)
     assert code==0, err
     with np.load('x.npz') as z: assert z['x'].dtype==np.uint8 and len(z['x'])==3
+
+@pytest.mark.parametrize('name', ['sd15', 'flux_dev'])
+def test_finetune_on_their_folder(name, foreign, tmp_path, monkeypatch, capsys):
+    "An adapter on a folder of diffusers: the folder stays as it is, the run goes on, both sides draw the same, and scale 0 is the base."
+    monkeypatch.chdir(tmp_path)
+    o = TWINS[name]
+    base, words = foreign/o['kind'], [w for w in few(foreign, **{**o, 'train.averages': '{}', 'sample.average': 'null'}) if not w.startswith('--weights')]
+    before = {f: f.read_bytes() for f in base.rglob('*') if f.is_file()}
+    def good(*argv):
+        code, out, err = ask(list(map(str, argv)), capsys)
+        assert code==0, err
+        return out
+    def tune(out, *more): good('finetune', name, '--base', base, '--adapter', '{name: lora, rank: 2}', '--out', out, *words, '--train.lr={name: constant, lr: 3.0e-2}', *more)
+    def x(*argv):
+        good('sample', *argv, '--prompt', 'cat', '--out', 'x.npz')
+        with np.load('x.npz') as z: return z['x']
+    tune('run'); tune('parts', '--train.steps=1'); tune('parts')
+    a, b = (load_tensors(f'{k}/adapter/adapter.safetensors')[0] for k in ('run', 'parts'))
+    assert a.keys()==b.keys() and all((v==b[k]).all() for k,v in a.items()) and any(v.any() for k,v in a.items() if k.endswith('B'))
+    assert all('adapters' in k.split('.') for k in load_tensors(next(Path('run').glob('step-*2'))/'model.safetensors')[0])
+    on, off, own = x(base, '--adapter', 'run'), x(base, '--adapter', 'run', '--adapter-scale', 0), x('run')
+    assert on.shape==(3, 32, 32, 3) and (on==own).all() and (on!=off).any()
+    good('train', name, '--out', 'none', *words, f'--weights={base}', '--train.steps=1', '--train.lr={name: constant, lr: 0.0}')
+    assert (off==x('none')).all() # a step of rate 0 leaves the folder's weights
+    assert before=={f: f.read_bytes() for f in base.rglob('*') if f.is_file()}
+    shutil.copytree(base, 'other')
+    f = next(Path('other', o.get('part', 'unet')).glob('*.safetensors'))
+    save_tensors(f, {k: v+.01 for k,v in load_tensors(f)[0].items()})
+    code, _, err = ask('sample other --adapter run --prompt cat --out y.npz', capsys)
+    assert code==2 and 'another base' in err and len(err.strip().splitlines())==1 and not Path('y.npz').exists(), err
 
 def test_text_encoder_learns_slowly(foreign, tmp_path, monkeypatch):
     "At a tenth of the rate, and all of it."

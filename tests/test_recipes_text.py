@@ -176,6 +176,38 @@ def test_weights_to_start_from(here, capsys):
     good(['sample', 'r', '--prompt', 'fine'], capsys)
     assert Path('r/tokenizer.json').is_file()
 
+THEIRS = dict(bert='{name: bert, dim: 16, depth: 1, heads: 2, hidden: 32, positions: 64, transform: true}',
+              mamba2='{name: mamba2, dim: 16, depth: 2, mixer: causal, head: 8, state: 4}')
+def of_transformers(kind, words, path):
+    "A random network in a folder of transformers."
+    torch.manual_seed(0)
+    if kind=='bert':
+        c = transformers.BertConfig(vocab_size=words, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64)
+        net = transformers.BertForMaskedLM(c)
+    else:
+        c = transformers.Mamba2Config(vocab_size=words, hidden_size=16, num_hidden_layers=2, head_dim=8, num_heads=4, state_size=4, n_groups=1, tie_word_embeddings=True, chunk_size=8)
+        net = transformers.Mamba2ForCausalLM(c)
+    net.save_pretrained(path)
+
+@pytest.mark.parametrize('kind', THEIRS)
+def test_finetune_on_their_folder(kind, here, capsys):
+    "An adapter on a folder of transformers: the folder stays as it is, the run goes on, both sides answer alike, and scale 0 is the base."
+    tok = train_tokenizer(movie_snippets('test').prompts[:40], 300)
+    of_transformers(kind, len(tok), 'theirs'); tok.save('tok')
+    before = {f: f.read_bytes() for f in Path('theirs').iterdir()}
+    own = [f'--model={THEIRS[kind]}', '--data.tokenizer={name: tokenizer, path: tok}', '--data.room=8', '--train.averages={}', '--sample.average=null', '--train.steps=2',
+           '--sample.narrow=null', '--train.lr={name: constant, lr: 3.0e-1}']
+    def tune(out, *more): return good(['finetune', 'reviews.yaml', '--base', 'theirs', '--adapter', '{name: lora, rank: 2}', '--out', out, *own, *more], capsys)
+    tune('run'); tune('parts', '--train.steps=1'); tune('parts')
+    a, b = (load_tensors(f'{k}/adapter/adapter.safetensors')[0] for k in ('run', 'parts'))
+    assert a.keys()==b.keys() and all((v==b[k]).all() for k,v in a.items()) and any(v.any() for k,v in a.items() if k.endswith('B'))
+    assert not [k for k in a if 'in_proj' in k] or kind=='mamba2'
+    def said(*words): return good(['sample', *words, '--n', '40', '--prompt', 'fine'], capsys).splitlines()
+    on, off = said('theirs', '--adapter', 'run'), said('theirs', '--adapter', 'run', '--adapter-scale', '0')
+    assert on==said('run')!=off and len(on)==40
+    good(['train', 'reviews.yaml', '--out', 'none', *own, '--weights=theirs', '--train.steps=1', '--train.lr={name: constant, lr: 0.0}'], capsys)
+    assert off==said('none') and before=={f: f.read_bytes() for f in Path('theirs').iterdir()} # a step of rate 0 leaves the folder's weights
+
 WRONG = {
     'train reviews.yaml --model.name=diffit_tiny': 'no argument',
     'train reviews.yaml --data.room=null': 'data.room must say',
