@@ -10,7 +10,6 @@ __all__ = ['COMMANDS', 'same_recipe', 'train', 'drawer', 'save_samples', 'run_re
 # %% ../nbs/71_cli.ipynb #c2a06eb1
 import inspect, json, shutil, signal, sys
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
@@ -29,7 +28,7 @@ from .saving import add_lines, load, load_into, save
 from .store import load_json, load_tensors, newest, save_tensors, sweep, write_file, write_folder
 from .train.checkpoint import checkpoint_in, completed, load_adapted, load_weights, same_run
 from .train.distill import distill as halve
-from .train.ema import averaged, reconstruct
+from .train.ema import reconstruct, with_average
 from .train.loop import every, fit, rows
 from .viz import loss_curve
 
@@ -65,9 +64,7 @@ def drawer(
     "Write sixteen samples of the averaged weights into the run's folder `samples`."
     s, kind = replace(r.sample, n=16), system(r.system)
     def hook(run):
-        task = deepcopy(run.task)
-        if s.average is not None: load_into(task.net, averaged(task.net, run.emas[s.average]).state_dict(), s.average)
-        task.net.eval()
+        task = with_average(run.task, s.average and run.emas[s.average])
         path = run.folder/'samples'/f'step-{run.progress.step:08d}{kind.suffixes[0]}'
         path.parent.mkdir(exist_ok=True)
         asked = kind.ask(r, task, s, {})
@@ -92,10 +89,11 @@ def run_recipe(
 )->int: # exit code
     "Train, or go on."
     b, kept = build(r, folder), system(r.system).keep
-    folder.mkdir(parents=True, exist_ok=True)
-    for name,text in {**(kept(r, b.task) if kept else {}), 'recipe.yaml': as_yaml(r)}.items():
-        with write_file(folder/name) as f: f.write_text(text, 'utf-8')
+    def start(run): # the folder is locked from here on
+        for name,text in {**(kept(r, b.task) if kept else {}), 'recipe.yaml': as_yaml(r)}.items():
+            with write_file(folder/name) as f: f.write_text(text, 'utf-8')
     todo = hooks(r, b)
+    todo['start'] = [start, *todo.get('start', ())]
     if r.train.sample_every: todo['step'] = [*todo.get('step', ()), every(r.train.sample_every, drawer(r))]
     run = fit(b.task, b.batches, r.train.steps, folder, b.rng, b.averages, todo, identity(r), **options(r))
     if run.stopped:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffnb.bench import Ratio, apart, compare, exponent, growth, kept, operations, product, shown, turns
-from diffnb.bench.training import falling, fitted, foreign, quality, share_of, train_for
-from diffnb.cli import main
+from diffnb.bench.training import falling, foreign, quality, share_of, train_for
 from diffnb.core import create, presets
 from diffnb.data.images import fashion_mnist
+from shell import ask
 
 class Clock:
     "A clock that moves when work is done."
@@ -18,11 +18,6 @@ class Clock:
     def work(self, seconds, result=None):
         def f(): self.now += seconds; return result() if result else None
         return f
-
-def ask(words, capsys):
-    capsys.readouterr()
-    code = main(words.split())
-    return code, *capsys.readouterr()
 
 CASES, GROWTHS = presets('benchmark'), presets('scale')
 

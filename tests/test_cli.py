@@ -5,8 +5,8 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 from PIL import Image
-from diffnb.cli import main
 from diffnb.recipes import check, consistent, read, shipped
+from shell import ask
 
 TINY = '''
 about: a small network for garments
@@ -24,13 +24,6 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 def files(root): return {str(p.relative_to(root)): p.read_bytes() for p in Path(root).rglob('*') if p.is_file()}
-
-def ask(words, capsys):
-    "Exit code, what was written to stdout, and to stderr."
-    capsys.readouterr()
-    code = main(words if isinstance(words, list) else words.split())
-    out, err = capsys.readouterr()
-    return code, out, err
 
 WRONG = { # command -> what the one line says
     'train fashon_quickstart': "did you mean 'fashion_quickstart'",
@@ -208,3 +201,15 @@ def test_in_a_shell(here):
     res = subprocess.run([sys.executable, '-c', 'import sys; from diffnb.cli import main; sys.exit(main())', 'train', 'tiny.yaml', '--train.steps=x'],
                          capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert (res.returncode, res.stdout, res.stderr) == (2, '', 'diffnb: train.steps: expected int, not x\n')
+
+def test_a_second_process_changes_nothing(here, capsys):
+    "What is refused has not written its own recipe over that of the run."
+    assert ask('train tiny.yaml --out run', capsys)[0]==0
+    hold = 'import fcntl, sys; f = open("run/lock", "a"); fcntl.lockf(f, fcntl.LOCK_EX); print("held", flush=True); sys.stdin.read()'
+    with subprocess.Popen([sys.executable, '-c', hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+        assert p.stdout.readline()=='held\n'
+        was = files('run')
+        code, out, err = ask('train tiny.yaml --out run --train.steps=6 --train.log_every=2', capsys)
+        assert code==2 and 'another process trains in run' in err and files('run')==was
+        p.stdin.close()
+    assert ask('train tiny.yaml --out run --train.steps=6 --train.log_every=2', capsys)[0]==0 and files('run')!=was

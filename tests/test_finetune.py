@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from diffnb.cli import main
 from diffnb.store import load_json, load_tensors
+from shell import ask
 
 TINY = '''
 model: {name: diffit_tiny, size: 28, ch: 1}
@@ -22,12 +23,6 @@ def made(tmp_path_factory):
     assert main(['train', 'tiny.yaml', '--out', 'base'])==0
     yield root
     mp.undo()
-
-def ask(words, capsys):
-    "Exit code, what was written to stdout, and to stderr."
-    capsys.readouterr()
-    code = main(words if isinstance(words, list) else words.split())
-    return code, *capsys.readouterr()
 
 def numbers(path):
     with np.load(path) as f: return {k: f[k] for k in f.files}

@@ -13,6 +13,7 @@ from diffnb.recipes.codec import held_out, measure
 from diffnb.rng import Rng
 from diffnb.store import load_tensors, save_tensors
 from diffnb.train.codec import NUMBERS, psnr
+from shell import ask
 
 TINY = '''
 about: a tiny autoencoder
@@ -37,11 +38,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('vae.yaml').write_text(TINY); Path('latent.yaml').write_text(LATENT)
     return tmp_path
-
-def ask(words, capsys):
-    capsys.readouterr()
-    code = main(words if isinstance(words, list) else words.split())
-    return code, *capsys.readouterr()
 
 def test_the_whole_way(here, capsys):
     "A run leaves a codec that a latent recipe opens; pictures, numbers, and what is given away."

@@ -6,13 +6,14 @@ import pytest
 import torch
 import transformers
 from diffnb import create, save
-from diffnb.cli import main, open_model, weigh
+from diffnb.cli import main
 from diffnb.codec.vae import vae_tiny
 from diffnb.data.images import emoji
 from diffnb.hub import load_folder
 from diffnb.recipes import build, check, consistent, read, shipped
 from diffnb.store import load_tensors, save_tensors
 from diffnb.viz import save_png
+from shell import ask
 
 TEXT = '''
 about: emoji by their names
@@ -51,11 +52,6 @@ def here(parts, tmp_path, monkeypatch):
     Path('text.yaml').write_text(TEXT); Path('latent.yaml').write_text(LATENT)
     Path('blind.yaml').write_text(TEXT.replace('sd_unet_tiny, size: 32, ch: 3, ctx: 16', 'diffit_tiny, size: 32, classes: 0'))
     return tmp_path
-
-def ask(words, capsys):
-    capsys.readouterr()
-    code = main(words if isinstance(words, list) else words.split())
-    return code, *capsys.readouterr()
 
 def test_by_text(here, capsys):
     "Train, sample a prompt, sample captions in turn; a prompt changes the picture, and so does a negative one."

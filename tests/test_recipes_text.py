@@ -2,12 +2,12 @@
 import json
 from pathlib import Path
 import numpy as np, pytest, torch, transformers
-from diffnb.cli import main, open_model, weigh
-from diffnb.core import presets
+from diffnb.cli import open_model, weigh
 from diffnb.data.text import movie_snippets, tokenizer, train_tokenizer
 from diffnb.metrics.text import load_predictions
 from diffnb.recipes import build, check, consistent, read, shipped
 from diffnb.store import load_tensors
+from shell import ask
 
 REVIEWS = '''
 about: sentiment
@@ -59,11 +59,6 @@ def here(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for p in files.iterdir(): Path(p.name).symlink_to(p)
     return tmp_path
-
-def ask(words, capsys):
-    capsys.readouterr()
-    code = main(words if isinstance(words, list) else words.split())
-    return code, *capsys.readouterr()
 
 def good(words, capsys):
     code, out, err = ask(words, capsys)

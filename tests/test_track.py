@@ -146,6 +146,18 @@ def test_a_tracker_that_comes_late_gets_the_history(tmp_path):
     go(8, tmp_path, track.tensorboard()())
     assert [s for s,_ in curves(tmp_path/'tensorboard')[0]['train/loss']]==[2, 4, 6, 8]
 
+def test_no_line_is_read_twice(tmp_path):
+    "New lines alone are read; one that is not yet complete waits for its end."
+    path, sent, done = tmp_path/'log.jsonl', {}, {}
+    def told(): return [(s, tag, v) for s,tag,v in track.news(tmp_path, sent, done) if tag=='train/loss']
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    assert told()==[(1, 'train/loss', 3.)] and done=={'log.jsonl': 25}
+    assert told()==[] and done=={'log.jsonl': 25}
+    path.write_text('-'*25+'{"step": 2, "loss": 2.0}\n') # what has been read could be anything now
+    assert told()==[(2, 'train/loss', 2.)] and sent=={'log.jsonl': 2}
+    path.write_text('{"step": 2, "loss": 9.0}\n{"step": 3, "loss": 1.0}\n')
+    assert [v for _,_,v in [o for o in track.news(tmp_path, sent, {}) if o[1]=='train/loss']]==[1.] # sent before
+
 def wandb_records(data):
     "Records of a .wandb file: after 7 bytes, blocks of 32 KB with pieces of `crc32, length, type` (1 whole, 2 first, 3 middle, 4 last)."
     at, part = 7, b''

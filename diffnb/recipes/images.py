@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ..codec.latents import by_cache, by_codec
+from ..commands import prompts
 from ..core import preset, presets
 from ..data.augment import edm_augment
 from ..data.images import batches, floats, hflip, once, only, random_crop, to_uint8
@@ -206,12 +207,8 @@ def said(
     words:dict, # flags: `prompt`, and `prompts`, a file with one a line
 )->list[str]: # one for each image
     "The texts that are asked for, in turn; those of the data set where nothing is said."
-    prompt, path = words.get('prompt'), words.get('prompts')
-    if prompt is not None and path is not None: raise ValueError('give --prompt or --prompts, not both')
-    if prompt is not None: texts = [prompt]
-    elif path is not None: texts = [o for o in Path(path).read_text('utf-8').splitlines() if o.strip()]
-    else: texts = make('dataset', reference(r)).captions
-    if not texts: raise ValueError(f'{path or "the data set"} has no prompts')
+    texts = prompts(words) or make('dataset', reference(r)).captions
+    if not texts: raise ValueError('the data set has no prompts')
     return [texts[i%len(texts)] for i in range(n)]
 
 def besides(
@@ -307,9 +304,12 @@ def show(
     film_strip(list(walks(task, r.sample, asked, torch.arange(few))), rows=few).figure.savefig(folder/'strip.png')
 
 # %% ../../nbs/79_recipes.images.ipynb #9edcfbe7
-def reference(r:Recipe)->dict: # a part
-    "The real images that samples are compared with."
-    part, has = r.data.set, 'split' in defaults(presets('dataset')[r.data.set['name']])
+def reference(
+    r:Recipe,            # checked
+    kind:str='dataset',  # of preset
+)->dict: # a part
+    "The data that samples are compared with, which is not trained on where there is a choice."
+    part, has = r.data.set, 'split' in defaults(presets(kind)[r.data.set['name']])
     return {**part, 'split': r.eval.split} if has and r.eval.split else part
 
 def enough(

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 import torch
 from torch import Tensor
+from ..commands import prompts
 from ..core import create, preset, presets
 from ..data.text import Texts, Tokenizer
 from ..data.tokens import Tokens, encode, forget, held_out, laid_out, opened, pack, text_once
@@ -54,16 +55,13 @@ def ask(
     "What is wanted. ValueError for flags that texts do not have, and for prompts that do not fit."
     for k in ('y', 'negative'):
         if words.get(k) is not None: raise ValueError(f'{k}: a text is asked by --prompt')
-    prompt, path, given = words.get('prompt'), words.get('prompts'), None
-    if prompt is not None and path is not None: raise ValueError('give --prompt or --prompts, not both')
-    if prompt is not None: texts = [prompt]
-    elif path is not None: texts = [o for o in Path(path).read_text('utf-8').splitlines() if o.strip()]
+    texts, given = prompts(words), None
+    if texts is not None: pass
     elif not is_plain(r): texts = list(held_texts(r).prompts[:s.n])
     elif r.data.given:
         given = held_windows(r, task.tok)[:s.n,:r.data.given].tolist()
         texts = [task.tok.text(o) for o in given]
     else: texts = ['']
-    if not texts: raise ValueError(f'{path} has no prompts')
     turns = [i%len(texts) for i in range(s.n)]
     asked = open_texts(r, task.tok, [texts[i] for i in turns], given and [given[i] for i in turns])
     return {**asked, 'narrow': narrowed(s)}

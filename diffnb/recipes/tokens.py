@@ -17,11 +17,11 @@ from ..core import presets
 from ..data.text import Texts, Tokenizer, tokenizer
 from ..data.tokens import Tokens, encode, laid_out, pack, text_batches, window_batches
 from ..hub import load_folder
-from ..parts import defaults, make
+from ..parts import make
 from ..process.gaussian import Gaussian, SelfCond
 from ..process.masked import Masked
 from . import Recipe, fresh, transforms
-from .images import trained_by
+from .images import begun, reference, trained_by
 from ..rng import Rng
 from ..saving import load_into, located
 from ..store import load_tensors
@@ -61,8 +61,7 @@ def data(
 # %% ../../nbs/88_recipes.tokens.ipynb #ae4b109a
 def held_texts(r:Recipe)->Texts: # checked
     "Texts that are not trained on."
-    part, has = r.data.set, 'split' in defaults(presets('texts')[r.data.set['name']])
-    return make('texts', {**part, 'split': r.eval.split} if has and r.eval.split else part)
+    return make('texts', reference(r, 'texts'))
 
 def open_texts(
     r:Recipe,                # checked
@@ -166,8 +165,7 @@ def ready(
 )->DiffusionTask: # `tok` is its tokenizer
     "The task with its tokenizer, and the weights that it starts with. ValueError where these do not fit."
     task.tok = tok
-    has = [] if folder is None else [*Path(folder).glob('model.safetensors'), *Path(folder).glob('*/manifest.json')]
-    if r.weights is None or has: return task
+    if r.weights is None or begun(folder): return task
     where, net = located(r.weights), task.net
     if net is task.denoiser: load_into(net, load_folder(where).state_dict(), r.weights)
     elif (where/'model.safetensors').is_file(): load_into(net, load_tensors(where/'model.safetensors')[0], r.weights)

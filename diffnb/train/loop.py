@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 from ..core import Loss, nearest
 from ..rng import Rng
-from ..saving import Ranks, add_lines
+from ..saving import Ranks, add_lines, parsed
 from ..store import sweep, write_file
 from .checkpoint import Progress, alone, resume, save_checkpoint
 from .ema import EMA, draw_samples, halflife
@@ -140,12 +140,9 @@ def rows(
     path:Path|str, # a run's folder, or its `log.jsonl`
 )->list[dict]: # one for each line
     "The rows of a log; a line that was cut off by a crash is left out."
-    path, out = Path(path), []
+    path = Path(path)
     if path.is_dir(): path = path/'log.jsonl'
-    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
-        try: out.append(json.loads(line))
-        except json.JSONDecodeError: continue
-    return out
+    return parsed(path.read_text('utf-8')) if path.exists() else []
 
 class Log:
     "Where a run reports to: a bar, `log.jsonl` and `log.txt`. Without a folder the rows are kept in memory alone."

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['take_back', 'add_row', 'weighed', 'measuring', 'loss_by_time', 'first', 'held_out_data', 'held_out_loss', 'measured',
-           'frechet', 'numbers', 'news', 'Sink', 'tracker', 'tensorboard', 'wandb']
+           'frechet', 'numbers', 'fresh_rows', 'news', 'Sink', 'tracker', 'tensorboard', 'wandb']
 
 # %% ../../nbs/87_train.track.ipynb #a1f6da47
 import inspect, json, secrets
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +19,9 @@ from PIL import Image
 from ..core import nearest, need, preset, presets
 from ..recipes import PARTS, Recipe, system
 from ..rng import Rng
-from ..saving import load_into
+from ..saving import add_lines, parsed
 from ..store import load_json, save_json, write_file
-from .ema import averaged
+from .ema import with_average
 from .loop import per_sample, rows
 from .task import to
 from ..viz import buckets
@@ -46,8 +45,7 @@ def add_row(
 )->None:
     "Append a row to a file of the run."
     p = run.progress
-    with open(Path(run.folder)/name, 'a', encoding='utf-8') as f:
-        f.write(json.dumps(dict(step=p.step, images=p.images, **row))+'\n')
+    add_lines(Path(run.folder)/name, [json.dumps(dict(step=p.step, images=p.images, **row))])
 
 def weighed(
     run,              # in training
@@ -56,10 +54,7 @@ def weighed(
     "The task with averaged weights; the one in training is not touched. ValueError for an average that is not there."
     if average is not None and average not in run.emas:
         raise ValueError(f'there is no average {average!r}{nearest(average, run.emas)}')
-    task = deepcopy(run.task)
-    if average is not None: load_into(task.net, averaged(task.net, run.emas[average]).state_dict(), average)
-    task.net.eval()
-    return task
+    return with_average(run.task, average and run.emas[average])
 
 def measuring(
     name:str,      # of the file
@@ -179,25 +174,39 @@ def numbers(
         for k,o in v.items(): yield from numbers(f'{tag}/{k}', o)
     elif isinstance(v, int | float) and not isinstance(v, bool): yield tag, v
 
+def fresh_rows(
+    path:Path, # of a file of lines
+    done:dict, # file -> bytes that have been read; is moved on
+)->list[dict]:
+    "The rows of the lines that are complete and have not been read."
+    with open(path, 'rb') as f:
+        f.seek(done.get(path.name, 0))
+        text = f.read()
+    text = text[:text.rfind(b'\n')+1]
+    done[path.name] = done.get(path.name, 0)+len(text)
+    return parsed(text.decode())
+
+# %% ../../nbs/87_train.track.ipynb #4eb1064b
 def news(
     folder:Path,         # of the run
     sent:dict,           # file -> last step that was sent; is moved on
+    done:dict,           # file -> bytes that have been read; is moved on
 )->list[tuple]: # `(step, tag, number or path)`, in the order of steps
     "What has not been sent yet."
     out = []
     for path in sorted(folder.glob('*.jsonl')):
-        name = {'log': 'train'}.get(path.stem, path.stem)
-        for row in rows(path):
+        name, last = {'log': 'train'}.get(path.stem, path.stem), sent.get(path.name, -1)
+        for row in fresh_rows(path, done):
             step = row.get('step')
-            if step is None or step<=sent.get(path.name, -1): continue
+            if step is None or step<=last: continue
+            sent[path.name] = max(step, sent.get(path.name, -1))
             for k,v in row.items():
                 if k not in ('step', 'records'): out += [(step, *o) for o in numbers(f'{name}/{k}', v)]
+    last = sent.get('samples', -1)
     for path in sorted((folder/'samples').glob('step-*')):
         step = int(path.stem.split('-')[1])
-        if step>sent.get('samples', -1): out.append((step, 'samples', path))
-    for step,tag,v in out:
-        k = 'samples' if tag=='samples' else {'train': 'log'}.get(tag.split('/')[0], tag.split('/')[0])+'.jsonl'
-        sent[k] = max(step, sent.get(k, -1))
+        if step>last: out.append((step, 'samples', path))
+        sent['samples'] = max(step, sent.get('samples', -1))
     return sorted(out, key=lambda o: o[0])
 
 # %% ../../nbs/87_train.track.ipynb #f9db1d96
@@ -215,11 +224,11 @@ def tracker(
     me = SimpleNamespace()
     def start(run):
         if run.folder is None: raise ValueError(f'{name} follows the folder of a run, and this run has none')
-        me.path = Path(run.folder)/f'{name}.json'
+        me.path, me.done = Path(run.folder)/f'{name}.json', {}
         me.sent = load_json(me.path) if me.path.exists() else {}
         me.sink = opened(run, me.sent)
     def tell(run):
-        for o in news(Path(run.folder), me.sent): me.sink.put(*o)
+        for o in news(Path(run.folder), me.sent, me.done): me.sink.put(*o)
         me.sink.flush()
         save_json(me.path, me.sent)
     def end(run):
