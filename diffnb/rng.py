@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'NORMAL', 'UNIFORM', 'mulhi', 'philox', 'whole', 'Rng', 'Source', 'words', 'uniforms', 'normals', 'Law',
-           'cpu_rows', 'device_rows']
+           'cpu_rows', 'device_rows', 'Guarded', 'heard_later', 'from_workers']
 
 # %% ../nbs/03_rng.ipynb #9c976f27
-import hashlib, math, operator, threading
-from collections.abc import Callable, Sequence
+import hashlib, math, operator, signal, sys, threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from json.encoder import encode_basestring_ascii
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Float64, Int, Int64, UInt64
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 # %% ../nbs/03_rng.ipynb #b9fd1617
 def mulhi(
@@ -280,3 +282,51 @@ def permutation(self:Rng,
     "A random order of n things: the argsort of n random words."
     words = np.random.Philox(key=self.key(), counter=[0, 0, 3, 0]).random_raw(whole(n, 'n'))
     return torch.from_numpy(np.argsort(words, kind='stable'))
+
+# %% ../nbs/03_rng.ipynb #59beaa24
+@dataclass(frozen=True, eq=False)
+class Guarded:
+    "A stream that hands back an error instead of raising it, for use in another process."
+    stream:object # what may fail: positions -> batch
+    def __getitem__(self, idx):
+        try: return self.stream[idx]
+        except Exception as e: return e.with_traceback(None)
+
+def heard_later(
+    loader:DataLoader, # with workers
+)->Iterator: # its batches
+    "Start a loader's workers. That one has died is said when a batch is due, and at no other line."
+    was, it = signal.getsignal(signal.SIGCHLD), iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        torchs = getattr(was, '__module__', '').startswith('torch.utils.data')
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs else was)
+    return it
+
+# %% ../nbs/03_rng.ipynb #faafe9d6
+def from_workers(
+    stream:object,  # what makes the batches: positions -> batch
+    todo:Iterator,  # their positions
+    workers:int,    # processes
+)->Iterator[dict]:
+    "The batches at the positions `todo`, made by other processes, in order. RuntimeError if one ends its makers."
+    own = torch.Generator().manual_seed(0)  # else the loader would draw its seed from the global generator
+    due, deaths = deque(), 0
+    def asked():
+        yield from tuple(due)
+        for idx in todo: due.append(idx); yield idx
+    def start():
+        return heard_later(DataLoader(Guarded(stream), None, sampler=asked(), num_workers=workers, generator=own))
+    made = start()
+    while True:
+        try: batch = next(made)
+        except StopIteration: return
+        except Exception as e:  # never the stream's own
+            if (deaths := deaths+1) > 2:
+                raise RuntimeError(f'processes that prepare batches die again and again, at or after sample '
+                                   f'{due[0][0].item()}: {e}. If memory runs out, use fewer workers') from e
+            print('a process that prepares batches has died: its batches are made again', file=sys.stderr)
+            made = start()
+            continue
+        due.popleft(); deaths = 0
+        if isinstance(batch, Exception): raise batch
+        yield batch

@@ -1,5 +1,5 @@
 """The command line in processes of its own that die, or are refused a file operation, wherever one likes."""
-import contextlib, io, json, os, re, resource, shutil, signal, sys
+import contextlib, io, json, multiprocessing.util, os, re, resource, shutil, signal, sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +37,7 @@ def spawned(work, folder, name='out'):
     if pid: return pid
     code = 70
     try:
+        multiprocessing.util._run_after_forkers() # what a Process does: else the parent's sockets are taken for one's own
         for fd in (1, 2): os.dup2(os.open(folder/f'{name}.{fd}', os.O_CREAT|os.O_WRONLY|os.O_TRUNC), fd)
         sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)
         torch.set_num_threads(1)
@@ -113,7 +114,7 @@ def content(path):
 def state(root):
     "What a user sees below a folder."
     files = (p for p in sorted(root.rglob('*')) if p.is_file() and p.name not in ('lock', 'log.txt'))
-    return {str(p.relative_to(root)): content(p) for p in files if not any(o.startswith('.tmp-') for o in p.relative_to(root).parts)}
+    return {str(p.relative_to(root)): content(p) for p in files if not any(re.match(r'\.(tmp|old|del)-', o) for o in p.relative_to(root).parts)}
 
 def hidden(root): return [p for d in (root, *filter(Path.is_dir, root.iterdir())) for p,*_ in leftovers(d)]
 

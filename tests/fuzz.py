@@ -1,13 +1,12 @@
 """Recipes, JSON files and safetensors headers, mutated: a clear error or the right result, and nothing else.
 
 `python tests/fuzz.py --n 10000` counts what happens, shows what should not, and writes nbs/results/fuzz.json."""
-import argparse, contextlib, copy, datetime, io, json, multiprocessing, os, platform, random, resource, shutil, signal, sys, tempfile
-import traceback
+import argparse, contextlib, copy, io, json, multiprocessing, os, random, resource, shutil, signal, sys, tempfile, traceback
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-import safetensors, torch, yaml
-import diffnb
+import torch, yaml
+from diffnb.bench import keep
 from diffnb.cli import as_yaml, main
 from diffnb.core import create, presets
 from diffnb.recipes import check, read, shipped
@@ -294,7 +293,6 @@ if __name__=='__main__':
     for o in faults: print(*o)
     print(counts)
     if a.out and not faults:
-        versions = dict(python=platform.python_version(), torch=torch.__version__, safetensors=safetensors.__version__, yaml=yaml.__version__, diffnb=diffnb.__version__)
-        (ROOT/a.out).write_text(json.dumps(dict(command=f'python tests/fuzz.py --n {a.n} --seed {a.seed}', date=str(datetime.date.today()), versions=versions,
-            counts={k: {o: v[o] for o in ('read', 'refused', 'fault')} for k,v in counts.items()}), indent=1)+'\n')
+        rows = [dict(what=k, **{o: v[o] for o in ('read', 'refused', 'fault')}) for k,v in counts.items()]
+        keep(Path(a.out).stem, rows, f'python tests/fuzz.py --n {a.n} --seed {a.seed}', ('safetensors', 'pyyaml', 'diffnb'), ROOT/Path(a.out).parent)
     sys.exit(bool(faults))

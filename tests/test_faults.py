@@ -1,8 +1,10 @@
 "Kills at the write points of the commands, and what the disk refuses: nothing is lost, nothing half written is read."
-import errno, os
-import pytest
+import errno, multiprocessing, os, signal
+import pytest, torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Loader
 import crash
-from crash import Session, killed_at, refused_at, torn_at
+from crash import RECIPE, Session, killed_at, refused_at, run, state, torn_at
+from diffnb.rng import from_workers
 from diffnb.saving import Damaged, add_lines, load_arrays, unpacked
 from diffnb.train.loop import Log, rows
 
@@ -57,3 +59,69 @@ def test_archives_that_have_changed(tmp_path):
         for bad in (good[:-1], good[:len(good)//2], good[:k]+bytes([good[k]^255])+good[k+1:]):
             (tmp_path/name).write_bytes(bad)
             with pytest.raises(Damaged, match=name): reads(tmp_path/name)
+
+# --- workers ---
+class Deadly:
+    "Batches, one of which ends the process that makes it: once, or as long as the file `mark` is there."
+    def __init__(self, mark, once): self.mark, self.once = mark, once
+    def __getitem__(self, idx):
+        if 12 in idx and self.mark.exists():
+            if self.once: self.mark.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return idx*2
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_worker_that_dies(tmp_path, capsys, monkeypatch, workers):
+    "Its batches are made again. If that is of no use, the error says what to do."
+    monkeypatch.setattr(Loader._try_get_data, '__defaults__', (.2,)) # torch looks for the dead each 5 s
+    heard, todo, mark = signal.getsignal(signal.SIGCHLD), torch.arange(30).split(3), tmp_path/'mark'
+    mark.touch()
+    assert torch.equal(torch.cat([*from_workers(Deadly(mark, True), iter(todo), workers)]), torch.arange(30)*2)
+    assert capsys.readouterr().err.count('has died') and signal.getsignal(signal.SIGCHLD) in (heard, signal.SIG_DFL)
+    mark.touch()
+    with pytest.raises(RuntimeError, match='at or after sample .* use fewer workers'): [*from_workers(Deadly(mark, False), iter(todo), workers)]
+
+def in_step(k, do):
+    "What a fork is to do first: in the middle of step k something is to happen, to a process group of its own."
+    def before():
+        import diffnb.train.loop as loop
+        os.setsid()
+        real = loop.gradient
+        def gradient(run, *args):
+            if run.progress.step==k: do()
+            return real(run, *args)
+        loop.gradient = gradient
+    return before
+
+TO_ALL = {'SIGTERM': 143, 'SIGUSR1': 138} # what ends a job tells all its processes -> the exit code
+WORKERS = 'train tiny.yaml --out run --data.workers=2 --train.steps=9 --train.save_every=9'
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    root = tmp_path_factory.mktemp('workers').resolve()/'run'
+    root.mkdir()
+    return ended(root)
+
+def ended(root):
+    "The last checkpoint, once the command has come to its end."
+    crash.warm()
+    (root/'tiny.yaml').write_text(RECIPE)
+    r = run(root, WORKERS)
+    assert r.code==0, r.err
+    return state(root/'run'/'step-00000009')
+
+@pytest.mark.parametrize('name', TO_ALL)
+def test_a_signal_to_trainer_and_workers(tmp_path, undisturbed, name):
+    "The workers die of it. The trainer saves at the end of the step, and the same command goes on."
+    root = tmp_path.resolve()/'run'
+    root.mkdir(); (root/'tiny.yaml').write_text(RECIPE)
+    r = run(root, WORKERS, in_step(3, lambda: os.killpg(0, getattr(signal, name))))
+    assert r.code==TO_ALL[name] and 'the same command goes on' in r.out and crash.step(root)==4, r.err
+    assert ended(root)==undisturbed
+
+def test_a_worker_that_dies_in_training(tmp_path, undisturbed):
+    root = tmp_path.resolve()/'run'
+    root.mkdir(); (root/'tiny.yaml').write_text(RECIPE)
+    r = run(root, WORKERS, in_step(1, lambda: [p.kill() for p in multiprocessing.active_children()]))
+    assert r.code==0 and 'has died' in r.err and 'Traceback' not in r.err, r.err
+    assert state(root/'run'/'step-00000009')==undisturbed

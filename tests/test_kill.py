@@ -1,8 +1,10 @@
 "Runs that are killed with -9 at random moments lose nothing older than the last complete checkpoint, and the same command goes on."
-import multiprocessing, random, signal, time
+import multiprocessing, random, re, signal, subprocess, sys, time
 from functools import partial
+from pathlib import Path
 import pytest, torch
 from torch import nn
+from diffnb.bench import kept
 from diffnb.core import Denoiser, Feats
 from diffnb.data.images import Images, batches
 from diffnb.process.gaussian import Gaussian
@@ -11,6 +13,9 @@ from diffnb.store import check_folder, newest
 from diffnb.train.ema import halflife
 from diffnb.train.loop import fit
 from diffnb.train.task import DiffusionTask, constant
+from crash import COMMANDS
+
+HERE = Path(__file__).parent
 
 class Tiny(Denoiser):
     def __init__(self):
@@ -74,3 +79,17 @@ def test_kill_ten(tmp_path): campaign(tmp_path, 10, 0)
 
 @pytest.mark.slow
 def test_kill_thirty(tmp_path): assert campaign(tmp_path, 30, 1)>0 # some died while they saved
+
+# --- the commands ---
+def test_train_sample_and_eval_killed_ten_times():
+    "What is seen after each kill is whole, and in the end all files are those of the undisturbed run, bit for bit."
+    r = subprocess.run([sys.executable, HERE/'kills.py', '--n', '10'], capture_output=True, text=True)
+    assert r.returncode==0, r.stdout[-3000:]+r.stderr[-3000:]
+    assert sum(int(o) for o in re.findall(r"'kills': (\d+)", r.stdout))==10
+
+def test_the_hundred_kills_that_were_counted():
+    page = kept('kills', HERE.parent/'nbs'/'results')
+    rows = {r['what']: r for r in page['rows']}
+    assert page['command'].startswith('python tests/kills.py') and rows.keys()==COMMANDS.keys()
+    assert sum(r['kills'] for r in rows.values())>=100 and all(r['kills']>=30 and r['fault']==0 for r in rows.values())
+    assert all(r['moment']+r['write']==r['kills'] for r in rows.values()) and sum(r['in a write'] for r in rows.values())>=10

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..conditioners import size_ids
 from ..core import preset
 from .files import SUFFIXES, BadImage, decode, in_folder, in_zip, read_captions
-from .images import epoch_order, floats, from_workers, resize
-from ..rng import Rng
+from .images import epoch_order, floats, resize
+from ..rng import Rng, from_workers
 
 # %% ../../nbs/97_data.buckets.ipynb #7b98df60
 def bucket_sizes(

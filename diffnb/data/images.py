@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Images', 'arrays', 'one_of', 'fashion_mnist', 'emoji', 'read_idx', 'find', 'fashion_mnist_full', 'to_float',
            'to_uint8', 'resize', 'center_crop', 'fit', 'epoch_order', 'image_at', 'floats', 'hflip', 'drop_label',
-           'only', 'random_crop', 'Stream', 'positions', 'Guarded', 'batches', 'from_workers', 'once']
+           'only', 'random_crop', 'Stream', 'positions', 'batches', 'once']
 
 # %% ../../nbs/50_data.images.ipynb #74945b0f
 import functools, itertools, math, struct
@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader
 from ..core import preset
-from ..rng import Rng
+from ..rng import Rng, from_workers
 from ..saving import load_arrays, unpacked
 
 # %% ../../nbs/50_data.images.ipynb #0cb95dbe
@@ -304,14 +303,6 @@ def positions(
         raise ValueError(f'{batch_size=} must be at least 1, {start=} at least 0, {rank=} below {world=}')
     return (torch.arange(batch_size)+start+(k*world+rank)*batch_size for k in itertools.count())
 
-@dataclass(frozen=True, eq=False)
-class Guarded:
-    "A stream that hands back an error instead of raising it, for use in another process."
-    stream:object # what may fail: positions -> batch
-    def __getitem__(self, idx):
-        try: return self.stream[idx]
-        except Exception as e: return e.with_traceback(None)
-
 # %% ../../nbs/50_data.images.ipynb #6102a588
 def batches(
     images:Images,   # the set
@@ -328,17 +319,6 @@ def batches(
     todo = positions(batch_size, start, rank, world)
     stream = Stream(images, rng, tuple(transforms))
     return map(stream.__getitem__, todo) if not workers else from_workers(stream, todo, workers)
-
-def from_workers(
-    stream:object,  # what makes the batches: positions -> batch
-    todo:Iterator,  # their positions
-    workers:int,    # processes
-)->Iterator[dict]:
-    "The batches at the positions `todo`, made by other processes, in order."
-    own = torch.Generator().manual_seed(0)  # else the loader would draw its seed from the global generator
-    for batch in DataLoader(Guarded(stream), sampler=todo, batch_size=None, num_workers=workers, generator=own):
-        if isinstance(batch, Exception): raise batch
-        yield batch
 
 # %% ../../nbs/50_data.images.ipynb #f74f9c04
 def once(

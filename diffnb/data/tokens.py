@@ -17,9 +17,9 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
-from .images import epoch_order, from_workers, positions
+from .images import epoch_order, positions
 from .text import Texts, Tokenizer
-from ..rng import Rng
+from ..rng import Rng, from_workers
 
 # %% ../../nbs/64_data.tokens.ipynb #8c710ebc
 @dataclass(eq=False, repr=False)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from ..conditioners import Conditioner, Text, fingerprint
 from ..core import create, preset
 from ..data.files import folder
-from ..data.images import Images, fit, floats, from_workers, image_at, positions
+from ..data.images import Images, fit, floats, image_at, positions
 from ..recipes import Recipe, System
 from ..recipes.images import data, fits, images, task
-from ..rng import Rng
+from ..rng import Rng, from_workers
 from ..store import Damaged, write_file
 from .ema import averaged
 from .task import DiffusionTask
