@@ -222,7 +222,7 @@ class Several(torch.optim.Optimizer):
     def __init__(self,
         parts:list, # optimisers
     ):
-        self.parts = parts # they keep groups and state: nothing is held here
+        self.parts, self.defaults = parts, {} # they keep groups and state: nothing is held here
     @property
     def param_groups(self):
         "The groups of all."
@@ -235,8 +235,12 @@ class Several(torch.optim.Optimizer):
         "Forget all gradients."
         for o in self.parts: o.zero_grad(set_to_none)
     def step(self, closure=None):
-        "One step of each."
+        "One step of each, after a closure that computes the gradients."
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(): loss = closure()
         for o in self.parts: o.step()
+        return loss
     def load_state_dict(self, state_dict):
         "Give each its own: parameters are numbered through all groups."
         groups,first = iter(state_dict['param_groups']),0
