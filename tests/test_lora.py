@@ -2,6 +2,7 @@
 import json, random
 import pytest, torch
 from torch import nn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from diffnb.peft.core import coverage, merge, probe, slots, switch, unmerge
 from diffnb.peft.files import combine, load_adapter, save_adapter, swap, tensors
@@ -254,26 +255,122 @@ def test_what_diffusers_saves(case, prefix, tmp_path):
     ref.save_lora_adapter(tmp_path)
     f = tmp_path/'pytorch_lora_weights.safetensors'
     if prefix: # what a pipeline's `save_lora_weights` makes of the same
-        from safetensors import safe_open
         with safe_open(f, 'pt') as o: head = json.loads(o.metadata()['lora_adapter_metadata'])
         save_file({prefix+k: v for k,v in load_file(f).items()}, f, dict(lora_adapter_metadata=json.dumps({prefix+k: v for k,v in head.items()})))
     load_diffusers(net, f, prefix=prefix, layout='diffusers')
     assert diff(ours(), theirs())<1e-5 and diff(theirs(), base)>.1
 
-def test_diffusers_reads_ours(tmp_path):
-    "In its own form, and in kohya's, where it finds ranks and alphas that differ."
+@pytest.mark.parametrize('make', [lora, rslora, dora], ids=lambda f: f.__name__)
+def test_diffusers_reads_ours(make, tmp_path):
+    "Ranks, alphas and lengths, from the header: read by a network, by a pipeline, and by ours again; and what it saves of it is what we saved."
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Mixin
+    net,ref,ours,theirs = unets()
+    wake(make(['attn.q', 'cross.v', 'conv1'], rank={'attn.q': 2, 'cross.v': 4, 'conv1': 3}, alpha={'conv1': 7, 'attn': 5, 'cross': 6})(net))
+    save_diffusers(net, tmp_path/'a.safetensors', prefix='unet.', layout='diffusers')
+    base = theirs()
+    ref.load_lora_adapter(tmp_path, prefix='unet', weight_name='a.safetensors')
+    assert diff(ours(), theirs())<1e-5 and diff(theirs(), base)>.1
+    def scales(net): return {k: s['default'].scale for k,_,s in slots(net)}
+    ref.save_lora_adapter(tmp_path/'b', 'default_0')
+    again = load_diffusers(unets()[0], tmp_path/'b'/'pytorch_lora_weights.safetensors', prefix='', layout='diffusers')
+    assert scales(again)==pytest.approx(scales(net)) and len(set(scales(net).values()))==3
+    assert all(torch.equal(v, tensors(net, 'default')[k]) for k,v in tensors(again, 'default').items())
+    _,ref,_,theirs = unets()
+    state,alphas,head = Mixin.lora_state_dict(tmp_path/'a.safetensors', return_lora_metadata=True)
+    Mixin.load_lora_into_unet(state, alphas, ref, metadata=head)
+    assert diff(ours(), theirs())<1e-5 and not alphas
+
+def test_older_diffusers_reads_ours(tmp_path):
+    "Without a header; and kohya's form, where it finds ranks and alphas that differ."
     from diffusers.loaders import StableDiffusionLoraLoaderMixin as Mixin
     net,ref,ours,theirs = unets()
     wake(lora(['attn.q', 'cross.v', 'conv1'], rank={'attn.q': 2, 'cross.v': 4, 'conv1': 3}, alpha=5)(net))
-    save_diffusers(net, tmp_path/'a.safetensors', prefix='unet.', layout='diffusers')
+    save_diffusers(net, tmp_path/'a.safetensors', prefix='unet.', layout='diffusers', fold=True)
     base = theirs()
-    ref.load_lora_adapter(tmp_path/'a.safetensors', prefix='unet')
+    ref.load_lora_adapter(load_file(tmp_path/'a.safetensors'), prefix='unet')
     assert diff(ours(), theirs())<1e-5 and diff(theirs(), base)>.1
     _,ref,_,theirs = unets()
     save_kohya(net, tmp_path/'k.safetensors', layout='diffusers')
     state,alphas = Mixin.lora_state_dict(tmp_path/'k.safetensors', unet_config=ref.config)
     Mixin.load_lora_into_unet(state, alphas, ref)
     assert diff(ours(), theirs())<1e-5 and set(alphas.values())=={5.}
+
+def fluxes():
+    "A small FLUX.1 of diffusers, ours of the same numbers, and one call of each."
+    import diffusers
+    from diffnb.hub.flux import flux_config
+    from diffnb.hub.layouts import load_state
+    from diffnb.models.flux import pack, unpack
+    torch.manual_seed(0)
+    ref = randomise(diffusers.FluxTransformer2DModel(in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24,
+                                                     pooled_projection_dim=24, guidance_embeds=False, axes_dims_rope=(4, 6, 6)))
+    net = flux_config().ours(dict(ref.config)).eval()
+    load_state(net, ref.state_dict(), 'flux_diffusers')
+    x,ctx,vec,t = torch.randn(1, 4, 4, 4, generator=gen()),torch.randn(1, 3, 24, generator=gen(1)),torch.randn(1, 24, generator=gen(2)),torch.tensor([.7])
+    ids = diffusers.FluxPipeline._prepare_latent_image_ids(1, 2, 2, 'cpu', x.dtype)
+    def ours():
+        with torch.no_grad(): return net(x, t, ctx=ctx, vec=vec)
+    def theirs():
+        with torch.no_grad(): return unpack(ref(pack(x), ctx, vec, t, ids, torch.zeros(3, 3)).sample, (2, 2))
+    return net, ref, ours, theirs
+
+@pytest.mark.parametrize('make', [lora, dora], ids=lambda f: f.__name__)
+def test_one_matrix_of_ours_is_several_of_theirs(make, tmp_path):
+    "FLUX.1's questions, keys, values and MLP, the halves that it exchanges, and a last layer whose name its blocks' end in: written, read by diffusers, and read again, as it was."
+    net,ref,ours,theirs = fluxes()
+    base = theirs()
+    assert diff(ours(), base)<1e-5*base.abs().max()
+    wake(make(['qkv', 'lin1', 'mod', 'out'], rank={'qkv': 3, 'lin1': 2, 'mod': 2, 'out': 1}, alpha=4)(net))
+    save_diffusers(net, tmp_path/'a.safetensors', layout='flux_diffusers')
+    keys = {k.rsplit('.lora_', 1)[0] for k in load_file(tmp_path/'a.safetensors')}
+    assert {'transformer.single_transformer_blocks.0.proj_mlp', 'transformer.transformer_blocks.0.attn.add_k_proj', 'transformer.proj_out', 'transformer.norm_out.linear'}<=keys
+    assert 'transformer.single_transformer_blocks.0.proj_out' not in keys
+    ref.load_lora_adapter(tmp_path, prefix='transformer', weight_name='a.safetensors')
+    assert diff(ours(), theirs())<2e-5*base.abs().max() and diff(theirs(), base)>.1
+    touched = {k for k,m in ref.named_modules() if hasattr(m, 'lora_A')}
+    assert touched=={k.removeprefix('transformer.') for k in keys}
+    again = load_diffusers(fluxes()[0], tmp_path/'a.safetensors', layout='flux_diffusers')
+    mine,back = tensors(net, 'default'),tensors(again, 'default')
+    assert mine.keys()==back.keys() and all(torch.equal(v, back[k]) for k,v in mine.items()) # ranks do not grow
+    for i,(k,p) in enumerate(ref.named_parameters()): # as trained there, where the pieces read other directions
+        if 'lora_A' in k: p.data = p.data+.3*torch.randn(p.shape, generator=gen(i))
+    q = ref.transformer_blocks[0].attn.to_q # and one has none
+    q.lora_B['default_0'].weight.data.zero_()
+    if make is dora: q.lora_magnitude_vector['default_0'].weight.data = q.base_layer.weight.data.norm(dim=1)
+    ref.save_lora_adapter(tmp_path/'b', 'default_0')
+    f = tmp_path/'b'/'pytorch_lora_weights.safetensors'
+    with safe_open(f, 'pt') as o: head = o.metadata()
+    save_file({k: v for k,v in load_file(f).items() if 'transformer_blocks.0.attn.to_q' not in k or 'single' in k}, f, head)
+    net,_,ours,_ = fluxes()
+    load_diffusers(net, f, prefix='', layout='flux_diffusers')
+    assert diff(ours(), theirs())<2e-5*base.abs().max()
+    assert {s['default'].rank for k,_,s in slots(net) if k=='doubles.0.txt.qkv'}=={9} and {s['default'].rank for k,_,s in slots(net) if k=='doubles.0.img.qkv'}=={6}
+
+@pytest.mark.parametrize('use', [dict(), dict(use_dora=True), dict(use_rslora=True)], ids=['lora', 'dora', 'rslora'])
+def test_peft_on_berts_of_transformers(use, tmp_path):
+    "Adapters that peft trained on transformers' own BERT, onto ours, and back: with pieces of our one matrix for questions, keys and values."
+    import peft, transformers
+    from diffnb.hub import load_folder
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=16)
+    bert = transformers.BertForMaskedLM(config).eval()
+    bert.save_pretrained(tmp_path/'bert')
+    ref = peft.get_peft_model(bert, peft.LoraConfig(r=2, lora_alpha=3, target_modules=['query', 'value', 'output.dense'], rank_pattern={'value': 3}, alpha_pattern={'query': 5}, **use)).eval()
+    for i,(k,p) in enumerate(ref.named_parameters()):
+        if 'lora_' in k: p.data = p.data+.3*torch.randn(p.shape, generator=gen(i))
+    x = torch.arange(1, 13).view(1, 12)
+    with torch.no_grad(): want = ref(x).logits
+    ref.save_pretrained(tmp_path/'a')
+    def ours(path=None):
+        net = load_folder(tmp_path/'bert').eval()
+        if path: load_peft(net, tmp_path/path, layout='bert_masked_lm')
+        with torch.no_grad(): return net, net(x, torch.ones(1))
+    net,got = ours('a')
+    assert diff(got, want)<1e-5 and diff(ours()[1], want)>1e-2
+    save_peft(net, tmp_path/'b', layout='bert_masked_lm')
+    again = peft.PeftModel.from_pretrained(transformers.BertForMaskedLM.from_pretrained(tmp_path/'bert'), tmp_path/'b').eval()
+    with torch.no_grad(): assert diff(again(x).logits, want)<1e-5
+    assert diff(ours('b')[1], want)<1e-5
 
 # --- our files
 @pytest.mark.parametrize('method', [lora, rslora, dora, pissa, lambda: timed_lora(rank=8, rule=dict(ranks=[2, 4, 8]))], ids=range(5))

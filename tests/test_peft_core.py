@@ -142,7 +142,7 @@ def test_shared_weights():
 
 def test_names():
     net = lora(rank=2)(create('dit_tiny'), 'one')
-    for bad in ('a.b', 'keys', ''):
+    for bad in ('a.b', 'keys', 'kept', 'by_rows', ''):
         with pytest.raises(ValueError, match='cannot name an adapter'): lora(rank=2)(net, bad)
     with pytest.raises(ValueError, match="there is an adapter 'one'"): lora(rank=2)(net, 'one')
     with pytest.raises(ValueError, match="did you mean 'one'"): switch(net, 'on')

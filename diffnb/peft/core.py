@@ -195,7 +195,7 @@ def inject(
     train:bool=True,            # whether it is to be trained
 )->nn.Module: # the same, or wrapped
     "Put parts behind layers, freeze all else, and use them. ValueError for shared weights and names that are taken."
-    if not name.isidentifier() or hasattr(nn.ModuleDict, name): raise ValueError(f'{name!r} cannot name an adapter')
+    if not name.isidentifier() or hasattr(Slot(), name): raise ValueError(f'{name!r} cannot name an adapter')
     if name in names(net): raise ValueError(f'there is an adapter {name!r}: remove it, or give this one another name')
     for k,o in shared(net).items():
         if 'weight' in getattr(parts.get(k), 'touches', ()):
