@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 # %% ../nbs/05_saving.ipynb #b3b91f33
 from .core import create, nearest
@@ -51,10 +52,11 @@ def save(
     path:str|PathLike,  # folder, new or to be replaced
     also:dict|None=None, # texts to be kept beside it, by file name, such as its recipe
 )->None:
-    "Save a network: preset, arguments, tensors. TypeError if no preset made it, ValueError if it has adapters."
+    "Save a network and its preset. TypeError if no preset made it, ValueError if it has adapters, or is shared."
     tensors = denoiser.state_dict()
     if any('adapters' in k.split('.') for k in tensors):
         raise ValueError('this network has adapters: save_adapter keeps them alone, fuse makes one network of it')
+    if getattr(denoiser, 'cuts', None): raise ValueError('several processes share this network: `fit` can keep it')
     made = getattr(denoiser, 'preset', None)
     if made is None: raise TypeError(f'no preset made this {type(denoiser).__name__}: make it by create(name, ...)')
     config = dict(format=1, kind=made.get('kind', 'denoiser'), name=made['name'], kw=made['kw'])
@@ -173,7 +175,10 @@ class Ranks:
     first:Callable=lambda f, *args: f(*args) # rank 0 calls; all get what it returns, or raise what it raised
     most:Callable=lambda n: n   # the greatest number that any gives
     shard:Callable=lambda task: task # a task, before its optimiser is made
+    part:int=0                  # which part of each batch this process takes
+    parts:int=1                 # in how many a batch is taken by all
     loss:Callable=lambda task, part, rng, last: task.loss(part, rng) # gradients are added with the last part of a batch
     join:Callable=lambda total, counted, t, each, start, n: (total, counted, t, each) # sums; what each of n samples had
+    norm:Callable=clip_grad_norm_ # `(weights, most)`: the gradient's norm, before it is cut down to `most`
     agree:Callable=lambda scaler, opt: None # has anybody's gradient overflown?
     tell:Callable=lambda run, hooks: [f(run) for f in hooks] # hooks see whole networks

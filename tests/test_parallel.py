@@ -16,6 +16,7 @@ from diffnb.train.task import DiffusionTask, adamw, constant
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [n for n in presets('denoiser') if n.endswith('_tiny')]
+WAYS = 'ddp', 'fsdp2' # those that share a network: test_split
 B = 5 # parts of two and of three
 
 def wide(o): return {k: wide(v) for k,v in o.items()} if isinstance(o, dict) else o.double() if o.is_floating_point() else o
@@ -64,7 +65,7 @@ def everywhere():
     "What each of two processes gets, by kind and preset."
     out = {}
     with joined('ddp'):
-        for kind in KINDS:
+        for kind in WAYS:
             for name in TINY:
                 try: out[kind, name] = numbers(go(name, KINDS[kind](Group())))
                 except Exception as e: out[kind, name] = repr(e)
@@ -73,7 +74,7 @@ def everywhere():
 @pytest.fixture(scope='module')
 def both(): return forked(2, everywhere)
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', WAYS)
 @pytest.mark.parametrize('name', TINY)
 def test_two_are_one(both, kind, name):
     want = numbers(go(name, accumulate=2 if 'bert' in name else 1)) # dropout is seeded for each part
@@ -89,7 +90,7 @@ def train(kind, folder, steps, name='dit_tiny', data=None, **kw):
                   **{**dict(save_every=2, log_every=1), **kw})
         return numbers(run), run.progress, run.stopped, ranks.rank
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', WAYS)
 def test_goes_on_with_another_number(tmp_path, kind):
     "2, 1 and 2 processes on one folder are one run; only rank 0 writes the log; the folder is that of a single process."
     forked(2, partial(train, kind, tmp_path/'a', 2))
@@ -150,7 +151,7 @@ def interrupted(net, start):
         if int(b['idx'][0])==2*B and os.environ.get('RANK')=='1': signal.raise_signal(signal.SIGUSR1)
         yield b
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', WAYS)
 def test_a_signal_to_one_stops_all(tmp_path, kind):
     got = forked(2, partial(train, kind, tmp_path, 9, data=interrupted))
     assert [(o[1].step, o[2]) for o in got]==[(3, 'SIGUSR1')]*2 and (tmp_path/'latest').read_text().strip()=='step-00000003'
@@ -161,7 +162,7 @@ def spoilt(net, start):
         if int(b['idx'][0])==B: b['x'][-1] = math.inf
         yield b
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', WAYS)
 def test_all_skip_what_one_cannot(tmp_path, kind):
     "With loss scaling in float16, too: all halve the scale."
     got = forked(2, partial(half, kind, spoilt))
@@ -178,7 +179,7 @@ def half(kind, data, amp=torch.float16, accumulate=1, **kw):
         run = fit(task, single, 4, averages=dict(ema=halflife(20, 1.)), bar=False, ranks=ranks, amp=amp, accumulate=accumulate*2//ranks.world)
         return numbers(run), run.progress
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', WAYS)
 def test_half_precision_parts_and_forgetting(kind):
     "Two processes with two parts each, and with blocks that are computed again, are one process with four."
     want = half(None, data_of, torch.bfloat16, 2)[0]

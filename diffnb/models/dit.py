@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['dit_s_8', 'dit_s_4', 'dit_s_2', 'dit_b_8', 'dit_b_4', 'dit_b_2', 'dit_l_8', 'dit_l_4', 'dit_l_2', 'dit_xl_8',
            'dit_xl_4', 'dit_xl_2', 'dit_xl_2_512', 'sit_s_2', 'sit_b_2', 'sit_l_2', 'sit_xl_2', 'DiTBlock', 'AdaNorm',
-           'DiT', 'dit', 'published', 'dit_tiny', 'Router', 'unevenness', 'MoE', 'dit_moe', 'dit_moe_tiny']
+           'DiT', 'dit', 'published', 'dit_tiny', 'Router', 'unevenness', 'ask', 'mix', 'MoE', 'dit_moe',
+           'dit_moe_tiny']
 
 # %% ../../nbs/22_models.dit.ipynb #c20f95ea
 import torch
 import torch.nn.functional as F
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -227,6 +228,27 @@ def unevenness(
     f = torch.zeros_like(s[:,0]).scatter_add(1, i.flatten(1), torch.ones_like(i, dtype=s.dtype).flatten(1))*e/(k*n)
     return (f*(s/s.sum(-1, keepdim=True)).mean(1)).sum(-1)
 
+def ask(
+    experts:Iterable,        # modules
+    x:Float[Tensor,'c d'],   # tokens, expert by expert
+    count:Int[Tensor,'e'],   # so many for each
+)->Float[Tensor,'c d']:
+    "What the experts say."
+    return torch.cat([e(o) for e,o in zip(experts, x.split(count.tolist()))])
+
+def mix(
+    experts:nn.ModuleList,   # all
+    x:Float[Tensor,'n d'],   # tokens
+    w:Float[Tensor,'n k'],   # weights of the chosen experts
+    i:Int[Tensor,'n k'],     # the chosen ones
+    ask:Callable=ask,        # who asks them
+)->Float[Tensor,'n d']:
+    "What each token's experts say, added up."
+    order = i.flatten().argsort(stable=True) # choices, expert by expert
+    token = order//i.shape[-1]
+    y = ask(experts, x[token], i.flatten().bincount(minlength=len(experts)))
+    return torch.zeros_like(x, dtype=y.dtype).index_add(0, token, y*w.flatten()[order,None].to(y))
+
 class MoE(nn.Module):
     "Experts in place of an MLP: each token uses the `k` that its router finds best, and the shared ones."
     def __init__(self,
@@ -240,17 +262,14 @@ class MoE(nn.Module):
     ):
         super().__init__()
         self.balance,self.uneven = balance,None
+        self.measure,self.mix = unevenness,mix
         self.router = Router(dim, experts, k, **kw)
         self.experts = nn.ModuleList(MLP(dim, hidden) for _ in range(experts))
         self.shared = MLP(dim, shared*hidden) if shared else None # several side by side are one, wider
     def forward(self, x:Float[Tensor,'b n d'])->Float[Tensor,'b n d']:
         w,i,s = self.router(x)
-        if self.training: self.uneven = unevenness(s, i)
-        order,flat = i.flatten().argsort(stable=True),x.flatten(0, 1) # choices, expert by expert
-        token = order//i.shape[-1]
-        parts = flat[token].split(i.flatten().bincount(minlength=len(self.experts)).tolist())
-        y = torch.cat([e(o) for e,o in zip(self.experts, parts)])
-        y = torch.zeros_like(flat, dtype=y.dtype).index_add(0, token, y*w.flatten()[order,None].to(y)).view_as(x)
+        if self.training: self.uneven = self.measure(s, i)
+        y = self.mix(self.experts, x.flatten(0, 1), w.flatten(0, 1), i.flatten(0, 1)).view_as(x)
         return y if self.shared is None else y+self.shared(x)
 
 # %% ../../nbs/22_models.dit.ipynb #44d7732f

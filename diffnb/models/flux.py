@@ -7,6 +7,7 @@ __all__ = ['pack', 'unpack', 'positions', 'rotary', 'rotate', 'linear', 'Heads',
            'Flux', 'flux', 'flux_dev', 'flux_schnell', 'flux_tiny']
 
 # %% ../../nbs/24_models.flux.ipynb #37977fde
+from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -87,6 +88,7 @@ def look(
     k:Float[Tensor,'b n h d'],  # keys
     v:Float[Tensor,'b n h d'],  # values
     turn:Complex[Tensor,'n e'], # see `rotary`
+    attend:Callable=attend,     # attention itself
 )->Float[Tensor,'b n m']: # m = hd
     "Attention of all tokens to all, after rotation."
     q,k = rotate(q, turn),rotate(k, turn)
@@ -120,7 +122,7 @@ class DoubleBlock(nn.Module):
         mlp:float=4., # hidden width of the MLPs, in units of `dim`
     ):
         super().__init__()
-        self.img,self.txt = Stream(dim, heads, mlp),Stream(dim, heads, mlp)
+        self.img,self.txt,self.attend = Stream(dim, heads, mlp),Stream(dim, heads, mlp),attend
     def qkv(self, img, txt, mi, mt, turn)->tuple:
         "Both sides' questions, keys and values in one sequence, text first."
         return tuple(torch.cat(o, 1) for o in zip(self.txt.before(txt, *mt[:2]), self.img.before(img, *mi[:2])))
@@ -131,7 +133,7 @@ class DoubleBlock(nn.Module):
         turn:Complex[Tensor,'k e'], # k = m+n, see `rotary`
     )->tuple[Tensor,Tensor]: # the two, changed
         mi,mt = (s.mod(c)[:,None].chunk(6, -1) for s in (self.img, self.txt))
-        o = look(*self.qkv(img, txt, mi, mt, turn), turn)
+        o = look(*self.qkv(img, txt, mi, mt, turn), turn, self.attend)
         n = txt.shape[1]
         return self.img.after(img, o[:,n:], *mi[2:]), self.txt.after(txt, o[:,:n], *mt[2:])
 
@@ -144,7 +146,7 @@ class SingleBlock(nn.Module):
         mlp:float=4., # hidden width of the MLP, in units of `dim`
     ):
         super().__init__()
-        self.cut,hidden = 3*dim,int(mlp*dim)
+        self.cut,self.attend,hidden = 3*dim,attend,int(mlp*dim)
         self.mod,self.heads = zero_(nn.Linear(dim, 3*dim)),Heads(dim//heads)
         self.lin1,self.lin2 = linear(dim, 3*dim+hidden),linear(dim+hidden, dim)
     def forward(self,
@@ -154,7 +156,7 @@ class SingleBlock(nn.Module):
     )->Float[Tensor,'b n d']:
         shift,scale,gate = self.mod(c)[:,None].chunk(3, -1)
         h = self.lin1(modulate(x, shift, scale))
-        o = look(*self.heads(h[...,:self.cut]), turn)
+        o = look(*self.heads(h[...,:self.cut]), turn, self.attend)
         return torch.addcmul(x, gate, self.lin2(self.beside(o, h)))
     def beside(self, o, h)->Tensor:
         "What attention gave and gelu of the rest, side by side; without gradients in the place where v was."
@@ -211,7 +213,8 @@ class Flux(Denoiser):
         return Feats(h[:,m:m+n], c, sizes[0])
     def head(self, feats:Feats)->Float[Tensor,'b c h w']:
         shift,scale = self.mod(feats.c)[:,None].chunk(2, -1)
-        return unpack(self.out(modulate(feats.h, shift, scale)), feats.size)
+        x = self.out(modulate(feats.h, shift, scale))
+        return unpack(x[:,:feats.size[0]*feats.size[1]], feats.size)
 
 # %% ../../nbs/24_models.flux.ipynb #6ec11ca6
 @patch

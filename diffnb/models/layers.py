@@ -99,7 +99,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         if dim%heads: raise ValueError(f'{heads} heads do not divide a width of {dim}')
-        self.heads = heads
+        self.heads,self.attend = heads,attend
         self.qkv,self.proj = nn.Linear(dim, 3*dim),nn.Linear(dim, dim)
         for l in (self.qkv, self.proj): nn.init.xavier_uniform_(l.weight); nn.init.zeros_(l.bias)
     def forward(self,
@@ -109,7 +109,7 @@ class Attention(nn.Module):
     )->Float[Tensor,'*b n d']:
         qkv = self.qkv(x)
         if shift is not None: qkv = qkv+shift
-        return self.proj(attend(*qkv.chunk(3, -1), self.heads, bias))
+        return self.proj(self.attend(*qkv.chunk(3, -1), self.heads, bias))
 
 # %% ../../nbs/20_models.layers.ipynb #3e44d343
 class MLP(nn.Sequential):

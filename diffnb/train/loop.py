@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 from ..core import Loss, nearest
 from ..rng import Rng
@@ -91,7 +90,7 @@ def gradient(
     task, n, amp, ranks = run.task, len(batch['idx']), run.options.amp, run.ranks
     rng, device = run.rng.at('train', step=run.progress.step), next(task.net.parameters()).device
     k, total, counted, elements, seen = run.options.accumulate, 0., 0, 0, []
-    parts, first = enumerate(pieces(task.draw(batch, rng), k*ranks.world)), k*ranks.rank
+    parts, first = enumerate(pieces(task.draw(batch, rng), k*ranks.parts)), k*ranks.part
     for i,part in itertools.islice(parts, first, first+k):
         with seeded(rng.at('dropout', step=i), device), torch.autocast(device.type, amp, enabled=amp is not None):
             loss = ranks.loss(task, to(part, device), rng, i==first+k-1)
@@ -102,7 +101,7 @@ def gradient(
         total, counted = total+mean.item(), counted+m
         seen.append(per_sample(loss))
     t, each = (torch.cat(v) for v in zip(*seen))
-    total, counted, t, each = ranks.join(total, counted, t, each, n*first//(k*ranks.world), n)
+    total, counted, t, each = ranks.join(total, counted, t, each, n*first//(k*ranks.parts), n)
     if 0<counted<elements: # the elements that count are known only now
         for p in task.net.parameters():
             if p.grad is not None: p.grad.mul_(elements/counted)
@@ -123,7 +122,7 @@ def train_step(
     scaler.unscale_(run.opt)
     run.ranks.agree(scaler, run.opt)
     weights = [w for g in run.opt.param_groups for w in g['params']]
-    norm = clip_grad_norm_(weights, math.inf if clip is None else clip)
+    norm = run.ranks.norm(weights, math.inf if clip is None else clip)
     norm = getattr(norm, 'full_tensor', lambda: norm)().item() # of all parts of the network
     ok = math.isfinite(loss) and math.isfinite(norm)
     for g in run.opt.param_groups: g['lr'] = lr*g.get('lr_share', 1.)

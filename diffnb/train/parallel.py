@@ -48,7 +48,8 @@ class Group:
     def ranks(self, **own)->Ranks:
         "All that is agreed on, with the functions of one way to train."
         same = {k: getattr(self, k) for k in ('rank', 'world', 'folder', 'first', 'most', 'join', 'agree')}
-        return Ranks(write=lambda path, tensors: write_together(self, path, tensors), **same, **own)
+        same |= dict(write=lambda path, tensors: write_together(self, path, tensors), part=self.rank, parts=self.world)
+        return Ranks(**{**same, **own})
     def most(self, n:int)->int:
         "The greatest number that any of them gives."
         dist.all_reduce(m := torch.tensor(n, device=self.device), dist.ReduceOp.MAX)
@@ -152,18 +153,14 @@ def here(
     if len(t.placements)>1 or place.dim!=0: raise ValueError(f'this is not cut along its first axis: {t.placements}')
     return t.to_local(), min(-(-t.shape[0]//mesh.size())*mesh.get_local_rank(), t.shape[0])
 
-def full(
-    tensors:Mapping, # by name
-)->dict: # not cut
+def full(tensors:Mapping)->dict: # by name; of what is not cut
     "All parts of each tensor; every process must call this."
     return {k: t.full_tensor() if isinstance(t, DTensor) else t for k,t in tensors.items()}
 
 # %% ../../nbs/56_train.parallel.ipynb #68eb127c
 class Whole(nn.Module):
     "A task's loss as one module."
-    def __init__(self,
-        task, # what is trained
-    ):
+    def __init__(self, task): # what is trained
         super().__init__()
         self.net,self.task = task.net,task
     def forward(self, part:dict, rng): return self.task.loss(part, rng)
@@ -218,8 +215,6 @@ def cut(
             if callable(getattr(m, k, None)): register_fsdp_forward_method(m, k)
     net.set_reduce_scatter_unused_params(True)
     return net
-
-
 
 # %% ../../nbs/56_train.parallel.ipynb #e7cd45ef
 def layout(
@@ -284,10 +279,10 @@ class View:
         self.task,self.emas = self.ask()
         return getattr(self, k)
 
-# %% ../../nbs/56_train.parallel.ipynb #54e644f0
 def gathered(
     run,         # whose denoiser is cut
     net:nn.Module|None, # one that is whole, to be filled; None on all but one
+    full:Callable=full, # puts tensors together
 )->tuple|None: # task and averages with whole networks
     "Put all parts together; every process must call this."
     own, avgs = full(run.task.net.state_dict()), {k: full(e.avg) for k,e in run.emas.items()}
@@ -297,12 +292,18 @@ def gathered(
     for k,e in emas.items(): e.avg = avgs[k]
     return replace(run.task, denoiser=net), emas
 
-def sharded(group:Group)->Ranks: # that `joined` has made
+# %% ../../nbs/56_train.parallel.ipynb #54e644f0
+def sharded(
+    group:Group,        # that `joined` has made
+    cut:Callable=cut,   # changes a denoiser in place
+    full:Callable=full, # puts tensors together; every process calls it
+    **own,              # of `Ranks`, where another way to cut needs it
+)->Ranks:
     "Each process has a part of every tensor of a denoiser."
     plain, net = [None], []
     def shard(task):
         if task.net is not getattr(task, 'denoiser', None):
-            raise ValueError('fsdp2 cuts a denoiser, and here more is trained, or something else: use ddp')
+            raise ValueError('a denoiser is shared, and here more is trained, or something else: use ddp')
         if group.rank==0: plain[0] = deepcopy(task.net).cpu()
         net[:] = [cut(task.net)]
         return task
@@ -314,15 +315,14 @@ def sharded(group:Group)->Ranks: # that `joined` has made
             return task.loss(part, rng)
     def tell(run, hooks):
         def say(o): return group.first(lambda: o)
-        if group.rank:
-            while hooks and say(None)=='parts': gathered(run, None)
-            return
-        view = View(run, lambda: (say('parts'), gathered(run, plain[0]))[1])
+        while group.rank and hooks and say(None)=='parts': gathered(run, None, full)
+        if group.rank: return
+        view = View(run, lambda: (say('parts'), gathered(run, plain[0], full))[1])
         try:
             for f in hooks: f(view)
         finally:
             if hooks: say('done')
-    return group.ranks(shard=shard, loss=loss, tell=tell, read=rows_of)
+    return group.ranks(**{**dict(shard=shard, loss=loss, tell=tell, read=rows_of), **own})
 
 KINDS['fsdp2'] = sharded
 
