@@ -225,3 +225,39 @@ def test_errors():
     with pytest.raises(ValueError, match='do not fit'): trajectory(ranks=(2, 2, 2), bounds=(.6, .3))(base)
     with pytest.raises(ValueError, match='does not fit a hidden'): Bank(8, 9, 2)
     assert Instruct(5, 8)(torch.zeros(2, 3, dtype=torch.long)).abs().sum()==0
+
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_compiled_it_is_one_graph(backend):
+    "No graph break, no compiling again at another time, the same outputs and gradients at every time; other adapters likewise. In a process of its own, where annotations are not checked."
+    import os, subprocess, sys
+    code = '''
+import sys, torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from adapted import create, diff, presets, randomise, wake
+from diffnb.peft.trajectory import router, trajectory
+backend = sys.argv[1]
+SMALL = dict(ranks=(2, 3, 4), k=2, cond=8, vocab=12)
+def both(net, times, grads=False):
+    torch._dynamo.reset()
+    count, (x, _, cond) = CompileCounterWithBackend(backend), net.demo(4)
+    fast = torch.compile(net, backend=count, fullgraph=True)
+    for t in times:
+        found = []
+        for f in (net, fast):
+            net.zero_grad()
+            with torch.set_grad_enabled(grads): y = f(x, t, **cond)
+            if grads: y.square().mean().backward()
+            found.append([y.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in net.parameters() if grads and p.requires_grad)])
+        a, b = found
+        assert len(a)==len(b) and all(diff(p, q)<2e-5*max(1., p.abs().max().item()) for p,q in zip(a, b)), (type(net), t)
+    assert count.frame_count==1, count.frame_count
+mixed, one = [torch.tensor(o).double() for o in ([.1, .5, .9, 1/3], [.7, .7, .2, 0.])], [torch.tensor([o]).double() for o in (.1, 1/3, .5, 1.)]
+for name in ('dit_tiny', 'mlm_tiny'): both(wake(trajectory(**SMALL)(randomise(create(name)))), one)
+both(wake(trajectory(**SMALL)(randomise(create('dit_tiny')))), mixed, True)
+net = randomise(create('dit_tiny'))
+for n in 'ab': net = wake(trajectory(ranks=(1, 2, 3))(net, n), n)
+both(router(list('ab'), hidden=8)(net).eval(), mixed)
+for k in ('houlsby', 'prefix', 'bitfit'): both(wake(presets('adapter')[k]()(randomise(create('dit_tiny' if k!='houlsby' else 'mlm_tiny')))), one[:1])
+'''
+    here = os.path.dirname(__file__)
+    subprocess.run([sys.executable, '-c', code, backend], check=True, cwd=here, env={**os.environ, 'DIFFNB_TYPECHECK': '0'})

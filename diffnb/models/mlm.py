@@ -188,7 +188,7 @@ class MLM(Denoiser):
         "Rotations of all tokens, in the precision of `like` or better; None where places are learned."
         if self.rope is None: return None
         turn = rotary(pos.flatten().double()[:,None], self.rope[:1], self.rope[1])
-        return turn.to(torch.promote_types(like.dtype, torch.float32).to_complex())
+        return turn if like.dtype==torch.float64 else turn.cfloat()
     def look(self, x, mask=None, past=None)->Bool[Tensor,'#b 1 #n m']|None:
         "Who looks at whom; None: all at all. Who would see nobody, a pad among pads, sees all: softmax needs it."
         if mask is None and not self.block: return None

@@ -137,18 +137,20 @@ def last(self:Trajectory,
     "The step, for channels on the last axis."
     u = (net_t.double()/self.steps).clamp(0, 1)
     e = sinusoid(u, h.shape[-1], 1000.)
-    at = torch.bucketize(u.cpu(), torch.tensor(self.bounds, dtype=u.dtype)) # decided on the CPU
-    used = at.unique().tolist()
+    compiled = torch.compiler.is_compiling() # a graph cannot depend on times: it has all banks
+    v = u if compiled else u.cpu()
+    at = torch.bucketize(v, torch.tensor(self.bounds, dtype=v.dtype, device=v.device))
+    used = range(len(self.banks)) if compiled else at.unique().tolist()
     if len(used)==1: return self.scales[used[0]]*self.banks[used[0]](h, e, c)
     out = torch.zeros_like(h)
     for p in used:
-        if at.ndim==1: # samples
+        if at.ndim==1 and not compiled: # samples
             i = (at==p).nonzero()[:,0].to(h.device)
             d = self.scales[p]*self.banks[p](h[i], e[i], c if c is None or len(c)==1 else c[i])
             out = out.index_copy(0, i, d.to(out.dtype))
         else: # positions
             d = self.scales[p]*self.banks[p](h, e, c)
-            out = torch.where((at==p).to(h.device)[...,None], d, out)
+            out = torch.where(wide((at==p).to(h.device)[...,None], h), d.to(out.dtype), out)
     return out
 
 # %% ../../nbs/43_peft.trajectory.ipynb #85640ae0
