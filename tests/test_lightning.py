@@ -17,7 +17,7 @@ from diffnb.train.lightning import Averages, Hooks, LightningData, LightningTask
 from diffnb.train.loop import every, fit, rows, sample_grid
 from diffnb.train.muon import muon
 from diffnb.train.parallel import forked
-from diffnb.train.task import DiffusionTask, adamw, cosine
+from diffnb.train.task import DiffusionTask, adamw, cosine, held_out_loss
 from diffnb.weights import learned
 
 lightning = pytest.importorskip('lightning')
@@ -173,8 +173,9 @@ def test_hooks_see_whole_steps(tmp_path):
     for name,f in BOTH.items():
         def note(e): return lambda run: told[name].append((e, run.progress.step, float(run.emas['short'].avg[next(iter(run.emas['short'].avg))].sum())))
         hooks = {e: note(e) for e in ('start', 'step', 'row', 'save', 'end')}
-        more = dict(hooks=hooks, log_every=2) if name=='fit' else dict(callbacks=[Hooks(**hooks)], log_every_n_steps=2)
-        f('plain', 4, tmp_path/name, save_every=3, **more)
+        more = dict(hooks=hooks, log_every=3) if name=='fit' else dict(callbacks=[Hooks(**hooks)], log_every_n_steps=3)
+        f('plain', 4, tmp_path/name, save_every=2, **more)
+        assert [r['step'] for r in rows(tmp_path/name)]==[3, 4]
     assert told['fit']==told['lightning']
     assert [o[:2] for o in told['fit'] if o[0]=='step']==[('step', n) for n in (1, 2, 3, 4)]
 
@@ -238,10 +239,11 @@ def test_no_clipping():
     assert not unlike(ours('plain', 3, clip=.01), theirs('plain', 3, gradient_clip_val=.01))
 
 @pytest.mark.parametrize('kw, says', [(dict(enable_checkpointing=True), 'pickles'), (dict(gradient_clip_algorithm='value'), 'norm'),
-    (dict(precision='bf16-true'), 'bf16-mixed'), (dict(max_steps=-1), 'max_steps')])
+    (dict(precision='bf16-true'), 'bf16-mixed'), (dict(max_steps=-1, max_epochs=1, limit_train_batches=K), 'max_steps')])
 def test_refused(tmp_path, kw, says):
-    with pytest.raises(ValueError, match=says): theirs('plain', 1, default_root_dir=tmp_path, **kw)
-    assert not [*tmp_path.rglob('*.ckpt')]
+    seen = []
+    with pytest.raises(ValueError, match=says): theirs('plain', 1, default_root_dir=tmp_path, callbacks=[Hooks(step=seen.append)], **kw)
+    assert not seen and not [*tmp_path.rglob('*.ckpt')] # before anything is computed
 
 def test_no_pickles(tmp_path):
     task, data = plain()
@@ -270,6 +272,8 @@ def test_held_out():
     t = trainer(4, [Averages(AVG), Note()], num_sanity_val_steps=0, val_check_interval=2*K, check_val_every_n_epoch=None)
     t.fit(module, LightningData(data, other, 3))
     assert len(logged)==2 and logged[0]!=logged[1] and not unlike(module.run, ours('plain', 4))
+    want = [held_out_loss(task, iter([b]), 1, Rng().at('valid', step=i)) for b,i in zip(other(start=0), range(3))]
+    assert logged[1]==pytest.approx(sum(want)/3, rel=1e-6) # float32
     assert t.validate(module, LightningData(data, other, 3), verbose=False)[0]['held_out_loss']==logged[1]
 
 def test_what_lightning_logs(tmp_path):
@@ -287,6 +291,9 @@ def test_frozen_parts_follow():
         nets = [o for o in (*vars(task).values(), *vars(getattr(task, 'process', task)).values()) if isinstance(o, torch.nn.Module)]
         LightningTask(task).to('meta')
         assert nets and all(p.is_meta for o in nets for p in o.parameters())
+    weight = learned(dim=16).requires_grad_(False)
+    LightningTask(DiffusionTask(create('dit_tiny'), Gaussian('straight', 'flow', weight))).to('meta')
+    assert all(p.is_meta for p in weight.parameters())
 
 # --- several processes
 def pair(folder):

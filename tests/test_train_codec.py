@@ -196,6 +196,18 @@ def test_several_is_each_alone():
     assert all(p.grad is None for p in nets[0].parameters())
     assert isinstance(both.parts[0], Muon) and isinstance(both.parts[1], torch.optim.AdamW)
 
+def test_several_asks_for_the_gradients():
+    "A closure is called once, with gradients switched on, before any of them steps."
+    net = task().net
+    opt, was, calls = several({k: adamw() for k,_ in net.named_children()})(net), [p.detach().clone() for p in net.parameters()], []
+    def closure():
+        calls.append(all(torch.equal(p, q) for p,q in zip(net.parameters(), was)))
+        loss = sum(p.square().sum() for p in net.parameters())
+        loss.backward()
+        return loss
+    with torch.no_grad(): loss = opt.step(closure)
+    assert calls==[True] and loss>0 and sum(not torch.equal(p, q) for p,q in zip(net.parameters(), was))>len(was)//2
+
 @pytest.mark.parametrize('names,shares', [(('codec',), {}), (('codec', 'critic', 'other'), {}), (('codec', 'critic'), dict(critics=.1))])
 def test_several_refuses(names, shares):
     with pytest.raises(ValueError, match='the parts are codec, critic'): several({k: adamw() for k in names}, shares)(task().net)
