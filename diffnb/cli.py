@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'same_recipe', 'train', 'drawer', 'save_samples', 'run_recipe', 'as_yaml', 'Opened', 'weights',
-           'open_model', 'weigh', 'with_adapter', 'place', 'sample', 'note', 'evaluate', 'export', 'distill', 'listing',
-           'params', 'quickstart', 'more', 'main']
+           'open_model', 'weigh', 'place', 'sample', 'note', 'evaluate', 'export', 'distill', 'listing', 'params',
+           'quickstart', 'more', 'main']
 
 # %% ../nbs/71_cli.ipynb #c2a06eb1
-import inspect, json, shutil, signal, sys
+import inspect, json, os, shutil, signal, sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.resources import files
@@ -20,16 +20,16 @@ from .commands import run, say_mistakes
 from .core import nearest, presets
 from .hub.pipelines import foreign
 from .parts import check_part, dotted, make
-from .peft.core import switch
-from .peft.files import load_adapter
+from .peft.files import with_adapter
 from .recipes import PARTS, Recipe, build, check, consistent, hooks, identity, options, read, shipped
 from .recipes import system
-from .saving import add_lines, load, load_into, save
+from .saving import Ranks, add_lines, load, load_into, save
 from .store import load_json, load_tensors, newest, save_tensors, sweep, write_file, write_folder
 from .train.checkpoint import checkpoint_in, completed, load_adapted, load_weights, same_run
 from .train.distill import distill as halve
 from .train.ema import reconstruct, with_average
 from .train.loop import every, fit, rows
+from .train.parallel import met, ways
 from .viz import loss_curve
 
 # %% ../nbs/71_cli.ipynb #63554d4c
@@ -47,15 +47,16 @@ def train(
     print_config:bool=False, # print the complete recipe, and do nothing
     overrides:Sequence[str]=(), # keys of the recipe, such as --train.steps=5
 )->int: # exit code
-    "Train a recipe. The same command goes on where the run stopped."
-    r = check(read(recipe), overrides)
-    if print_config:
-        print(as_yaml(r), end='')
-        return 0
-    folder = Path(out or f'runs/{Path(recipe).stem}')
-    if folder.exists() and not folder.is_dir(): raise ValueError(f'{folder} is a file: give another --out')
-    same_recipe(folder, r)
-    return run_recipe(r, folder)
+    "Train a recipe. The same command goes on where the run stopped; `torchrun` starts it in several processes."
+    with met() as group:
+        r = group.first(lambda: check(read(recipe), overrides))
+        if print_config:
+            if group.rank==0: print(as_yaml(r), end='')
+            return 0
+        folder = Path(out or f'runs/{Path(recipe).stem}')
+        if folder.exists() and not folder.is_dir(): raise ValueError(f'{folder} is a file: give another --out')
+        group.first(same_recipe, folder, r)
+        return run_recipe(r, folder, group)
 
 # %% ../nbs/71_cli.ipynb #dcd7968b
 def drawer(
@@ -86,20 +87,23 @@ def save_samples(
 def run_recipe(
     r:Recipe,     # checked
     folder:Path,  # of the run
+    group=Ranks(), # who trains together, see `met`
 )->int: # exit code
     "Train, or go on."
-    b, kept = build(r, folder), system(r.system).keep
+    ranks = ways(group, r.train.parallel)
+    b, kept = ranks.led(build, r, folder), system(r.system).keep
     def start(run): # the folder is locked from here on
         for name,text in {**(kept(r, b.task) if kept else {}), 'recipe.yaml': as_yaml(r)}.items():
             with write_file(folder/name) as f: f.write_text(text, 'utf-8')
     todo = hooks(r, b)
     todo['start'] = [start, *todo.get('start', ())]
     if r.train.sample_every: todo['step'] = [*todo.get('step', ()), every(r.train.sample_every, drawer(r))]
-    run = fit(b.task, b.batches, r.train.steps, folder, b.rng, b.averages, todo, identity(r), **options(r))
+    run = fit(b.task, b.batches, r.train.steps, folder, b.rng, b.averages, todo, identity(r), ranks,
+              **options(r))
     if run.stopped:
-        print(f'stopped by {run.stopped} after step {run.progress.step}; the same command goes on')
+        if ranks.rank==0: print(f'stopped by {run.stopped} after step {run.progress.step}; the same command goes on')
         return 128+signal.Signals[run.stopped]
-    print(f'{folder} has {run.progress.step} steps, {run.progress.images} samples seen')
+    if ranks.rank==0: print(f'{folder} has {run.progress.step} steps, {run.progress.images} samples seen')
     return 0
 
 def as_yaml(r:Recipe)->str: # checked
@@ -149,16 +153,6 @@ def weigh(
     elif not based: load_into(task.net, load_tensors(m.path/'model.safetensors')[0], str(m.path))
     task.net.eval()
     return task
-
-def with_adapter(
-    net,            # the base
-    where:str|Path, # a folder that holds an adapter, or a run of `diffnb finetune`
-    scale:float=1., # how much it counts
-): # the network with the adapter in use
-    "Put an adapter on. FileNotFoundError if there is none, ValueError if it is for another base."
-    path = next((p for p in (Path(where), Path(where)/'adapter') if (p/'adapter.json').is_file()), None)
-    if path is None: raise FileNotFoundError(f'there is no adapter in {where}, as diffnb finetune writes it')
-    return switch(load_adapter(net, path, 'cli'), {'cli': scale}).eval()
 
 # %% ../nbs/71_cli.ipynb #78d4b076
 def place(
@@ -342,6 +336,10 @@ def main(argv:Sequence[str]|None=None)->int: # without the program's name; None 
     "Run a command; say what is wrong in one line. DIFFNB_TRACEBACK=1 raises instead."
     words = sys.argv[1:] if argv is None else list(argv)
     def work():
+        if int(os.environ.get('WORLD_SIZE', 1))>1 and words[:1]!=['train']:
+            raise ValueError('torchrun is for diffnb train: one process does all else')
         known = COMMANDS if words and words[0] in COMMANDS else COMMANDS | more()
         return run(known, words, list(dotted(Recipe)), f'diffnb {__version__}')
     return say_mistakes(work)
+
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main()) # `python -m diffnb.cli`; a notebook has no file

@@ -6,7 +6,7 @@
 __all__ = ['command_parser', 'split', 'run', 'say_mistakes', 'prompts']
 
 # %% ../nbs/07_commands.ipynb #8dff642b
-import inspect, os, sys, textwrap
+import inspect, os, sys, textwrap, time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from fastcore.docments import docments
@@ -92,6 +92,7 @@ def say_mistakes(
     except KeyboardInterrupt: code, text = 130, 'interrupted; the same command goes on from the last checkpoint'
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError) as e:
         if os.environ.get('DIFFNB_TRACEBACK'): raise
+        if getattr(e, 'elsewhere', False): time.sleep(1); return 2 # the process that it happened to has time to say it
         code, text = 2, textwrap.shorten(str(e), 1000, placeholder=' ...') or type(e).__name__
     print(f'diffnb: {text}', file=sys.stderr)
     return code

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Value', 'Part', 'LISTS', 'DICTS', 'one_line', 'words', 'one_of_types', 'typed', 'plain', 'check_part', 'make',
-           'defaults', 'each_part', 'named', 'plain_tree', 'read_yaml', 'container', 'dotted']
+           'defaults', 'each_part', 'named', 'plain_tree', 'read_yaml', 'container', 'dotted', 'check_keys']
 
 # %% ../nbs/06_parts.ipynb #6b306d59
 import inspect, math
@@ -197,3 +197,22 @@ def dotted(
     for k,t in get_type_hints(cls).items():
         out |= dotted(t, f'{prefix}{k}.') if is_dataclass(t) else {f'{prefix}{k}': t}
     return out
+
+# %% ../nbs/06_parts.ipynb #dca2f16a
+def check_keys(
+    tree:dict,      # what was written
+    cls:type,       # a dataclass: what there is
+    what:str,       # what was written, for messages
+    prefix:str='',  # where we are
+    top:type|None=None, # the dataclass of the whole; None is this one
+)->None:
+    "ValueError for a key that does not exist, with the nearest that does."
+    top = top or cls
+    near = sorted({*dotted(top), *get_type_hints(top)}, key=lambda k: not k.startswith(prefix))
+    for k,v in tree.items():
+        here, t = f'{prefix}{k}', get_type_hints(cls).get(k)
+        if t is None: raise ValueError(f'{what} has no key {here}{nearest(here, near)}')
+        if is_dataclass(t) and not isinstance(v, dict):
+            raise ValueError(f'{here} has keys of its own, such as {next(iter(dotted(t)))}, not {v!r:.80}')
+        container(t, v, here)
+        if is_dataclass(t): check_keys(v, t, what, f'{here}.', top)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BROKEN', 'load_into', 'save', 'load_fields', 'made', 'load', 'add_lines', 'parsed', 'load_arrays', 'unpacked',
-           'located', 'Ranks']
+           'located', 'Ranks', 'layout']
 
 # %% ../nbs/05_saving.ipynb #409fba65
 import gzip, importlib.util, io, json, os, struct, tokenize, zipfile, zlib
@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 
 # %% ../nbs/05_saving.ipynb #b3b91f33
 from .core import create, nearest
-from .store import Damaged, check_folder, check_plain, load_json, load_tensors, locate
+from .store import Damaged, check_folder, check_plain, dtype_codes, load_json, load_tensors, locate
 from .store import save_json, save_tensors, ties, write_folder
 
 # %% ../nbs/05_saving.ipynb #c8ce651c
@@ -173,6 +173,7 @@ class Ranks:
     write:Callable=save_tensors # `(path, tensors)`: each what it has
     read:Callable=lambda path, like: load_tensors(path)[0] # parts where those of `like` are parts
     first:Callable=lambda f, *args: f(*args) # rank 0 calls; all get what it returns, or raise what it raised
+    led:Callable=lambda f, *args: f(*args) # rank 0 calls, then each of the others
     most:Callable=lambda n: n   # the greatest number that any gives
     shard:Callable=lambda task: task # a task, before its optimiser is made
     part:int=0                  # which part of each batch this process takes
@@ -182,3 +183,17 @@ class Ranks:
     norm:Callable=clip_grad_norm_ # `(weights, most)`: the gradient's norm, before it is cut down to `most`
     agree:Callable=lambda scaler, opt: None # has anybody's gradient overflown?
     tell:Callable=lambda run, hooks: [f(run) for f in hooks] # hooks see whole networks
+
+# %% ../nbs/05_saving.ipynb #da2dbaf9
+def layout(
+    kinds:Mapping, # name -> dtype and shape
+    alias:Mapping, # names that are not stored -> the name that they share a tensor with
+)->tuple[bytes,dict[str,int]]: # what the file begins with; where each tensor begins
+    "Plan the file that `save_tensors` would write."
+    header, start, end = {'__metadata__': {'diffnb': json.dumps(dict(alias=dict(alias), meta={}))}}, {}, 0
+    for k in sorted(kinds.keys()-alias.keys(), key=lambda k: (-kinds[k][0].itemsize, k)):
+        dtype, shape = kinds[k]
+        start[k], end = end, end+shape.numel()*dtype.itemsize
+        header[k] = dict(dtype=dtype_codes[dtype], shape=list(shape), data_offsets=[start[k], end])
+    head = json.dumps(header, separators=(',', ':')).encode(); head += b' '*(-len(head)%8)
+    return len(head).to_bytes(8, 'little')+head, {k: 8+len(head)+v for k,v in start.items()}

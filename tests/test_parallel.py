@@ -11,7 +11,8 @@ from diffnb.store import check_folder
 from diffnb.train.checkpoint import load_weights
 from diffnb.train.ema import averaged, halflife
 from diffnb.train.loop import fit, rows
-from diffnb.train.parallel import KINDS, Group, forked, frugal, joined
+from diffnb.models.layers import frugal
+from diffnb.train.parallel import KINDS, Group, forked, joined
 from diffnb.train.task import DiffusionTask, adamw, constant
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,8 @@ from diffnb.train.checkpoint import load_weights
 from diffnb.train.cuts import cut_of, mine, sections, whole
 from diffnb.train.ema import halflife
 from diffnb.train.loop import fit
-from diffnb.train.parallel import forked, frugal, joined
+from diffnb.models.layers import frugal
+from diffnb.train.parallel import forked, joined
 from diffnb.train.split import split
 from diffnb.train.spread import route, spread
 from diffnb.train.task import DiffusionTask, adamw, constant

@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['sinusoid', 'TimeEmbed', 'zero_', 'LabelEmbed', 'attend', 'Attention', 'MLP', 'modulate', 'GroupNorm', 'patchify',
-           'unpatchify', 'positions_2d', 'windows', 'unwindows', 'offsets', 'RelBias']
+           'unpatchify', 'positions_2d', 'windows', 'unwindows', 'offsets', 'RelBias', 'units', 'Again', 'forgetful',
+           'frugal']
 
 # %% ../../nbs/20_models.layers.ipynb #42874832
 import math
+from functools import cache
+from inspect import signature
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/20_models.layers.ipynb #94903fb1
 def sinusoid(
@@ -217,3 +221,43 @@ class RelBias(nn.Module):
     def forward(self)->Float[Tensor,'h n n']:
         "The bias to be added to the scores."
         return rearrange(F.embedding(self.index, self.table), 'i j h -> h i j')
+
+# %% ../../nbs/20_models.layers.ipynb #5f4ea0bf
+def units(
+    net:nn.Module, # a denoiser
+)->list[nn.Module]: # its blocks
+    "What is gathered at once: members of the outermost lists; of stages that share a list, theirs."
+    lists, out = isinstance(net, nn.ModuleList), []
+    for m in net.children():
+        whole = not isinstance(m, nn.ModuleList) and 'skips' not in signature(m.forward).parameters
+        if lists and whole and [*m.parameters()]: out.append(m)
+        else: out += units(m)
+    return out
+
+# %% ../../nbs/20_models.layers.ipynb #8fca8b15
+class Again:
+    "Mixed into a block's class: its inside is forgotten, and computed again on the way back."
+    again = True
+    def forward(self, *args, **kw):
+        if not torch.is_grad_enabled(): return super().forward(*args, **kw)
+        return checkpoint(super().forward, *args, use_reentrant=False, **kw)
+
+@cache # one class for all blocks of a kind, or each would be compiled for itself
+def forgetful(
+    cls:type, # of blocks
+)->type:
+    "A block's class with `Again`."
+    return type(cls.__name__, (Again, cls), {})
+
+def frugal(
+    net:nn.Module,       # a network; its blocks are changed in place
+    remat:bool=False,    # forget what is inside of a block, and compute it again
+    compiled:bool=False, # make one program of each block
+    **kw,                # of `torch.compile`
+)->nn.Module: # the same
+    "Blocks that take less memory or less time. ValueError for a network without blocks."
+    if (remat or compiled) and not units(net): raise ValueError(f'{type(net).__name__} has no list of blocks')
+    for m in units(net):
+        if remat and not hasattr(m, 'again'): m.__class__ = forgetful(type(m))
+        if compiled: m.compile(**kw)
+    return net

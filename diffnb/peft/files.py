@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['combine', 'tensors', 'swap', 'base_state', 'fingerprint', 'recorded', 'base_of', 'save_adapter', 'same_base',
-           'rebuilt', 'load_adapter']
+           'rebuilt', 'load_adapter', 'with_adapter']
 
 # %% ../../nbs/44_peft.files.ipynb #81d8fc5a
 import hashlib
 from collections.abc import Callable, Mapping
 from os import PathLike
+from pathlib import Path
 import torch
 from torch import Tensor, nn
 from ..core import create, nearest
@@ -154,3 +155,13 @@ def load_adapter(
     except ValueError:
         if not had: remove(net, name)
         raise
+
+def with_adapter(
+    net:nn.Module,      # the base
+    where:str|PathLike, # a folder that holds an adapter, or a run of `diffnb finetune`
+    scale:float=1.,     # how much it counts
+)->nn.Module: # the network with the adapter in use
+    "Put an adapter on, to be used as it is. FileNotFoundError if there is none, ValueError if it is for another base."
+    path = next((p for p in (Path(where), Path(where)/'adapter') if (p/'adapter.json').is_file()), None)
+    if path is None: raise FileNotFoundError(f'there is no adapter in {where}, as diffnb finetune writes it')
+    return switch(load_adapter(net, path, 'cli'), {'cli': scale}).eval()

@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'FREE', 'Data', 'Process', 'Sample', 'Eval', 'Train', 'Distill', 'Terms', 'Recipe', 'shipped', 'read',
-           'check_keys', 'System', 'system', 'recipe_parser', 'filled', 'merge', 'check', 'there', 'consistent',
-           'check_numbers', 'ends', 'Built', 'fresh', 'build', 'transforms', 'options', 'hooks', 'identity']
+           'System', 'system', 'recipe_parser', 'filled', 'merge', 'check', 'there', 'consistent', 'check_numbers',
+           'ends', 'Built', 'fresh', 'build', 'transforms', 'options', 'hooks', 'identity']
 
 # %% ../../nbs/70_recipes.ipynb #c7cd3afa
 import inspect, json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple
 import torch
 from torch import nn
 from ..core import nearest, presets
-from ..parts import Part, check_part, container, dotted, each_part, make, named, one_line, read_yaml
+from ..models.layers import frugal
+from ..parts import Part, check_keys, check_part, each_part, make, named, one_line, read_yaml
 from ..rng import Rng
 from ..saving import located
+from ..train.parallel import KINDS, check_cut
 from ..train.task import seeded
 
 # %% ../../nbs/70_recipes.ipynb #3948bb03
@@ -88,6 +90,9 @@ class Train:
     sample_every:int|None=None       # steps between grids of samples; null is never
     patience:int=10                  # steps in a row that may fail to be finite
     device:str|None=None             # null is cuda where there is one
+    parallel:str|None=None           # how processes that torchrun starts train together: ddp or fsdp2
+    remat:bool=False                 # forget what is inside of a block, and compute it again on the way back
+    compile:str|None=None            # blocks as programs: inductor; aot_eager and eager show what that changes
     hooks:list[Part]|None=None       # what else is done on the way, see the presets of this kind
 
 # %% ../../nbs/70_recipes.ipynb #1bd4a7a5
@@ -143,22 +148,6 @@ def read(
         if path.suffix in ('.yaml', '.yml'): raise FileNotFoundError(f'there is no file {path}')
         raise ValueError(f'no recipe is called {str(name)!r}{nearest(str(name), known)}')
     return read_yaml(path, 'recipe, which has parts such as model and train')
-
-# %% ../../nbs/70_recipes.ipynb #2d9c4af9
-def check_keys(
-    tree:dict,       # what was written
-    cls:type=Recipe, # what there is
-    prefix:str='',   # where we are
-)->None:
-    "ValueError for a key that does not exist, with the nearest that does."
-    near = sorted({*dotted(Recipe), *get_type_hints(Recipe)}, key=lambda k: not k.startswith(prefix))
-    for k,v in tree.items():
-        here, t = f'{prefix}{k}', get_type_hints(cls).get(k)
-        if t is None: raise ValueError(f'a recipe has no key {here}{nearest(here, near)}')
-        if is_dataclass(t) and not isinstance(v, dict):
-            raise ValueError(f'{here} has keys of its own, such as {next(iter(dotted(t)))}, not {v!r:.80}')
-        container(t, v, here)
-        if is_dataclass(t): check_keys(v, t, f'{here}.')
 
 # %% ../../nbs/70_recipes.ipynb #51be0f15
 @dataclass(frozen=True, eq=False)
@@ -250,13 +239,13 @@ def there(
         raise FileNotFoundError(f'{where}.path: {path} is not there')
     return part
 
-# %% ../../nbs/70_recipes.ipynb #d8b844ef
+# %% ../../nbs/70_recipes.ipynb #35626257
 def consistent(
     tree:dict,                  # of a recipe, as written
     overrides:Sequence[str]=(), # such as '--train.steps=5'
 )->Recipe: # complete; every part a dict with its name
     "A recipe whose keys, names, values and shapes are checked; its files may be elsewhere. ValueError in one line."
-    check_keys(tree)
+    check_keys(tree, Recipe, 'a recipe')
     if 'model' not in tree and not any(o[:7]=='--model' for o in overrides): raise ValueError('a recipe needs a model')
     sub = dict(data=Data, process=Process, terms=Terms, train=Train, sample=Sample, eval=Eval, distill=Distill)
     r = ends(Recipe(**{k: sub[k](**v) if k in sub else v for k,v in merge(tree, overrides).items()}))
@@ -275,12 +264,13 @@ def check_numbers(r:Recipe)->None: # parts checked
     if t.accumulate>t.batch: raise ValueError(f'train.accumulate = {t.accumulate} parts of a batch of {t.batch}')
     if not 0<=t.drop<=1: raise ValueError(f'train.drop is a probability, not {t.drop}')
     if r.data.workers<0: raise ValueError(f'data.workers cannot be {r.data.workers}')
-    words = [('train.amp', t.amp, ['null', 'bfloat16', 'float16']),
+    words = [('train.amp', t.amp, ['null', 'bfloat16', 'float16']), ('train.parallel', t.parallel, ['null', *KINDS]),
+             ('train.compile', t.compile, ['null', 'inductor', 'aot_eager', 'eager']),
              ('sample.average', r.sample.average, ['null', *t.averages])]
     for k,v,o in words+[('eval.metrics', v, list(m)) for v in r.eval.metrics]:
         if (v or 'null') not in o: raise ValueError(f'{k} cannot be {v!r}{nearest(v, o)}')
 
-# %% ../../nbs/70_recipes.ipynb #dbbafe4a
+# %% ../../nbs/70_recipes.ipynb #d8b844ef
 def ends(r:Recipe)->Recipe: # parts checked
     "A learning rate that falls does so until the end of the run, unless the recipe says where."
     f, lr = presets('lr')[r.train.lr['name']], r.train.lr
@@ -306,7 +296,7 @@ def fresh(
     device = torch.device(r.train.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     with seeded(Rng(r.train.seed).at('init'), torch.device('cpu')): return make(kind, part).to(device)
 
-# %% ../../nbs/70_recipes.ipynb #adfb268b
+# %% ../../nbs/70_recipes.ipynb #819f41d5
 def build(
     r:Recipe, # checked
     folder:Path|None=None, # of the run, where it has one
@@ -314,6 +304,8 @@ def build(
     "Make the task and open the data. ValueError if they turn out not to fit."
     s = system(r.system)
     task = s.task(r, folder)
+    if r.train.parallel not in (None, 'ddp'): check_cut(task)
+    frugal(task.net, r.train.remat, r.train.compile is not None, backend=r.train.compile)
     data, batches = s.data(r, task)
     return Built(task, data, batches, {k: make('average', v) for k,v in r.train.averages.items()}, Rng(r.train.seed))
 
@@ -338,8 +330,8 @@ def hooks(
             out[k] = [*out.get(k, ()), *(v if isinstance(v, list | tuple) else [v])]
     return out
 
-# %% ../../nbs/70_recipes.ipynb #c77351b2
-FREE = 'steps save_every keep log_every sample_every patience device hooks'.split()
+# %% ../../nbs/70_recipes.ipynb #95aca075
+FREE = 'steps save_every keep log_every sample_every patience device parallel remat compile hooks'.split()
 
 def identity(r:Recipe)->dict: # checked
     "The part of a recipe that a run cannot change on the way."
