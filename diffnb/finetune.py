@@ -17,9 +17,9 @@ from torch import nn
 from .bench.adapters import plot_methods, run_cells
 from .bench.peft import held, nbytes
 from .cli import as_yaml, open_model, weigh
-from .core import create, nearest, preset, presets
+from .core import nearest, preset, presets
 from .hub.pipelines import foreign
-from .parts import Part, check_part
+from .parts import Part, check_part, make
 from .peft.core import names
 from .peft.files import fingerprint, save_adapter
 from .recipes import Built, Recipe, build, check, identity, options, read, system
@@ -68,8 +68,8 @@ def tuned(
     b = build(r)
     net = (weigh(m, m.recipe.sample.average) if m else b.task).denoiser.train()
     mark = fingerprint(net)
-    make = create(part['name'], kind='adapter', **{k: v for k,v in part.items() if k!='name'})
-    with seeded(Rng(r.train.seed).at('adapter'), next(net.parameters()).device): net = make(net)
+    put = make('adapter', part)
+    with seeded(Rng(r.train.seed).at('adapter'), next(net.parameters()).device): net = put(net)
     b.task.denoiser = net
     return Tuned(r, b, part, mark)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffnb.cli import main
+from diffnb.finetune import as_table, gathered
 from diffnb.store import load_json, load_tensors
 from shell import ask
 
@@ -54,6 +55,21 @@ def test_options_and_the_whole_network(made, capsys):
     assert ask('finetune tiny.yaml --base base --adapter full --out f', capsys)[0]==0
     assert ask('sample f/weights --out f.npz', capsys)[0]==0 and ask('sample base --out p.npz', capsys)[0]==0
     assert not same(numbers('f.npz'), numbers('p.npz'))
+
+def test_what_is_left_is_the_average(made, capsys):
+    "Where the recipe samples with one: the adapter's file has the averages, not the last numbers."
+    assert ask(['finetune', 'tiny.yaml', '--base', 'base', '--out', 'mean', '--train.averages={slow: {name: halflife, images: 8}}', '--sample.average=slow'], capsys)[0]==0
+    step, left = next(Path('mean').glob('step-*4')), load_tensors('mean/adapter/adapter.safetensors')[0]
+    slow, last = ({k.replace('.adapters.default', ''): v for k,v in load_tensors(step/f'{n}.safetensors')[0].items()} for n in ('ema-slow', 'model'))
+    assert left.keys()==slow.keys() and all((v==slow[k]).all() for k,v in left.items()) and any((v!=last[k]).any() for k,v in left.items())
+
+def test_seeds_together():
+    "Means, deviations and times of a grid by hand: times are over the first method's of the same task."
+    def cell(method, seed, cpu, kid, task='a'): return dict(task=task, method=method, seed=seed, cpu=cpu, parameters=3, bytes=12, held=24, metrics=dict(kid=kid))
+    rows = gathered([cell('full', 0, 2., 1.), cell('lora', 0, 1., 5.), cell('full', 1, 4., 4.), cell('lora', 1, 2., 5.), cell('lora', 0, 8., 7., 'b')])
+    assert [(r['task'], r['method'], r['seeds'], r['time']) for r in rows]==[('a', 'full', 2, 1.), ('a', 'lora', 2, .5), ('b', 'lora', 1, 1.)]
+    assert rows[0]['metrics']['kid']==pytest.approx((2.5, 4.5**.5)) and rows[1]['metrics']['kid']==(5., 0.) and rows[2]['metrics']['kid']==(7., 0.)
+    assert as_table(rows).splitlines()[2]=='| a | full | 2.5 ± 2.1 | 2 | 3 | 12 | 24 | 1.00 |'
 
 WRONG = {
     'finetune tiny.yaml --base base --adapter lroa': "did you mean 'lora'",

@@ -231,7 +231,8 @@ def test_train_and_draw(name, made, keys, tmp_path, capsys):
     def train(out, *last):
         code, _, err = ask(['train', name, '--out', out, *more, *last], capsys)
         assert code==0, err
-    train('whole'); train('two', '--train.steps=2'); train('two')
+    slow = ['--train.averages={slow: {name: halflife, images: 8}}', '--sample.average=slow']
+    train('whole'); train('two', '--train.steps=2', *slow); train('two', *slow)
     a, b = (load_tensors(tmp_path/o/'step-00000004'/'model.safetensors')[0] for o in ('whole', 'two'))
     assert a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
     train('none', '--train.lr={name: constant, lr: 0.0}')
@@ -239,6 +240,8 @@ def test_train_and_draw(name, made, keys, tmp_path, capsys):
     if name=='textual_inversion':
         assert [tuple(v.shape) for v in a.values()]==[(1, 24)]
         assert torch.equal(read_word(tmp_path/'whole')[1][0], next(iter(a.values()))) and read_word(tmp_path/'whole')[0]=='<it>'
+        mean = load_tensors(tmp_path/'two'/'step-00000004'/'ema-slow.safetensors')[0] # what it samples with is what it leaves
+        assert torch.equal(read_word(tmp_path/'two')[1][0], next(iter(mean.values()))) and not torch.equal(next(iter(mean.values())), next(iter(a.values())))
         assert (drawn(['whole', '--prompt', 'a <it>'], capsys)!=drawn(['none', '--prompt', 'a <it>'], capsys)).any()
         assert (drawn(['whole', '--prompt', 'a cube'], capsys)==drawn(['none', '--prompt', 'a cube'], capsys)).all() # all else is as it was
         assert (drawn(['none', '--prompt', 'a <it>'], capsys)==drawn(['none', '--prompt', 'a cube'], capsys)).all() # it starts there
