@@ -12,6 +12,7 @@ __all__ = ['dit_s_8', 'dit_s_4', 'dit_s_2', 'dit_b_8', 'dit_b_4', 'dit_b_2', 'di
 import torch
 import torch.nn.functional as F
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -210,7 +211,8 @@ class Router(nn.Module):
         x:Float[Tensor,'*b d'], # tokens
     )->tuple[Float[Tensor,'*b k'],Int[Tensor,'*b k'],Float[Tensor,'*b e']]: # weights, experts, scores of all
         wide = torch.promote_types(self.gate.weight.dtype, torch.float32) # half precision would see ties
-        with torch.autocast(x.device.type, enabled=False): s = F.linear(x.to(wide), self.gate.weight.to(wide)).sigmoid()
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+            s = F.linear(x.to(wide), self.gate.weight.to(wide)).sigmoid()
         best = s.unflatten(-1, (self.groups, -1))
         worth = best.topk(min(2, best.shape[-1])).values.sum(-1)
         out = torch.ones_like(worth, dtype=torch.bool).scatter(-1, worth.topk(self.top).indices, False)
