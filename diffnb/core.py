@@ -214,7 +214,8 @@ def create(
             if k not in names: raise TypeError(f'{name} has no argument {k!r}{nearest(k, names)}')
     try:
         with at_most(): return f(**kw)
-    except (ArithmeticError, RuntimeError, MemoryError, AssertionError, LookupError) as e:
+    except (ArithmeticError, RuntimeError, MemoryError, AssertionError, LookupError, TypeError) as e:
+        if isinstance(e, TypeError) and 'Overflow' not in str(e): raise # what torch says of a number that is too large
         raise ValueError(f'{name} cannot be made so: {type(e).__name__}: {str(e):.200}') from e
 
 # %% ../nbs/00_core.ipynb #07f89067

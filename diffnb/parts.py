@@ -183,10 +183,11 @@ def container(
     v,          # what was written there
     where:str,  # the key
 )->None:
-    "ValueError where a dict or a list is to be, and something else is."
+    "ValueError where a dict or a list is to be, and something else is, or null where there has to be something."
     kinds = map(get_origin, get_args(annotation))
     want = dict if get_origin(annotation) is dict else list if list in kinds else object
     if not isinstance(v, want | None): raise ValueError(f'{where}: expected a {want.__name__}, not {v!r:.80}')
+    if v is None and type(None) not in get_args(annotation): raise ValueError(f'{where} cannot be null')
 
 def dotted(
     cls:type,      # a dataclass

@@ -16,7 +16,8 @@ from diffnb.train.checkpoint import Progress, load_checkpoint, load_denoiser, sa
 from diffnb.train.ema import EMA, halflife
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS, SLACK = 20, 64*2**20 # a case may take that long, and that much memory beside twice its file
+SECONDS = 40 # of the processor, that a case may take: a recipe's network is described, by 50,000 modules at most
+SLACK = dict(recipe=256*2**20, json=64*2**20, header=64*2**20) # memory beside twice the file; the description counts
 KINDS = ('recipe', 'json', 'header')
 RECIPES = ['''model: {name: dit_tiny, size: 28, ch: 1, patch: 7, classes: 10}
 data: {set: {name: fashion_mnist, split: train}, transforms: [floats, {name: hflip, p: 0.5}], workers: 0}
@@ -228,7 +229,7 @@ def prepare(work):
     for kind in KINDS:
         for i in range(3): one(kind, i, -1, work)
 
-def alarm(*args): raise TimeoutError(f'more than {SECONDS} s')
+def alarm(n, frame): raise TimeoutError(f'more than {SECONDS} s' if n==signal.SIGPROF else 'it waits for something')
 
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
 
@@ -236,14 +237,15 @@ def one(kind, i, seed, work):
     "A case: what happened."
     rnd = random.Random(f'{kind} {i} {seed}')
     before = peak()
-    signal.signal(signal.SIGALRM, alarm)
-    signal.alarm(SECONDS)
+    for n in (signal.SIGPROF, signal.SIGALRM): signal.signal(n, alarm)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.alarm(20*SECONDS)
     try:
         how, size = TRY[kind](rnd, work)
-        if (more := peak()-before)>2*size+SLACK: raise Wrong(f'{more/2**20:.0f} MiB for a file of {size} bytes')
+        if (more := peak()-before)>2*size+SLACK[kind]: raise Wrong(f'{more/2**20:.0f} MiB for a file of {size} bytes')
         return how, ''
     except BaseException as e: return 'fault', f'{type(e).__name__}: {str(e)[:300]}\n'+''.join(traceback.format_tb(e.__traceback__)[-3:])
-    finally: signal.alarm(0)
+    finally: signal.setitimer(signal.ITIMER_PROF, 0); signal.alarm(0)
 
 def in_forks(kind, n, seed, work, at_once=50):
     "Cases in processes of their own, so that one that dies is a fault and no more."

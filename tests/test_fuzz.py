@@ -1,13 +1,17 @@
 "Mutated recipes, JSON files and safetensors headers. `python tests/fuzz.py --n 10000` makes nbs/results/fuzz.json."
 import json, shutil, subprocess, sys
 from pathlib import Path
-import pytest
+import pytest, torch
 from torch import nn
+from diffnb.bench import kept
 from diffnb.cli import main
 from diffnb.core import at_most, create
 from diffnb.parts import read_yaml
+from diffnb.rng import Rng
 from diffnb.saving import Damaged, load, load_fields, save
 from diffnb.store import load_json, load_tensors, save_json, write_folder
+from diffnb.train.checkpoint import Progress, load_denoiser, save_checkpoint
+from fuzz import KINDS, seal
 
 HERE = Path(__file__).parent
 
@@ -15,6 +19,13 @@ def test_three_hundred():
     "A clear error or the right result, in a process of its own: its memory is watched."
     r = subprocess.run([sys.executable, HERE/'fuzz.py', '--n', '300'], capture_output=True, text=True)
     assert r.returncode==0, r.stdout[-3000:]+r.stderr[-3000:]
+
+def test_the_ten_thousand_that_were_counted():
+    page = kept('fuzz', HERE.parent/'nbs'/'results')
+    rows = {r['what']: r for r in page['rows']}
+    assert page['command'].startswith('python tests/fuzz.py') and tuple(rows)==KINDS
+    assert sum(r['read']+r['refused'] for r in rows.values())>=10_000 and all(r['fault']==0 for r in rows.values())
+    assert all(r['read']>50 and r['refused']>1000 for r in rows.values()) # some are nearly right, and most are wrong
 
 LAUGHS = 'a0: &a0 [x,x,x,x,x,x,x,x,x]\n'+''.join(f'a{i+1}: &a{i+1} [{",".join([f"*a{i}"]*9)}]\n' for i in range(20))
 YAML = { # what is written -> what is said
@@ -29,7 +40,8 @@ def test_yaml_that_is_no_recipe(text, tmp_path):
 
 @pytest.mark.parametrize('recipe', ['model: {name: [dit_tiny]}', 'model: dit_tiny\ntrain: {averages: 5}', 'model: dit_tiny\ntrain: {averages: ema}',
     'model: dit_tiny\ndata: {transforms: 3}', 'model: dit_tiny\ndata: {transforms: floats}', 'model: {name: dit_tiny, size: 999999999999999}',
-    'model: dit_tiny\neval: '+'a'*5000])
+    'model: dit_tiny\neval: '+'a'*5000, 'model: dit_tiny\ntrain: {lr: null}', 'model: dit_tiny\ntrain: {averages: null}',
+    'model: mlm\nsystem: masked_text\ndata: {set: {path: x}}', 'model: {name: dit, size: 8796093022208}'])
 def test_recipes_that_used_to_break(recipe, tmp_path, capsys):
     (tmp_path/'a.yaml').write_text(recipe+'\n')
     assert main(['train', str(tmp_path/'a.yaml'), '--print_config'])==2
@@ -45,6 +57,15 @@ def test_a_note_too_deep(tmp_path):
     head = json.dumps({'__metadata__': {'diffnb': '['*100_000}}).encode()
     (tmp_path/'t').write_bytes(len(head).to_bytes(8, 'little')+head)
     with pytest.raises(Damaged): load_tensors(tmp_path/'t')
+
+@pytest.mark.parametrize('bad', [1.5, 'lora', [], {}, dict(base={}, adapters={}, use={}), dict(base=dict(preset='x', fingerprint='', network='x'), adapters=dict(a=dict(b=3)), use={})])
+def test_adapters_that_cannot_be(tmp_path, bad):
+    net = create('dit_tiny', size=4, ch=1, patch=2, classes=2)
+    save_checkpoint(tmp_path/'run', net, torch.optim.SGD(net.parameters(), .1), {}, Progress(1, 4), Rng(0))
+    at = tmp_path/'run'/'step-00000001'
+    save_json(at/'state.json', {**load_json(at/'state.json'), 'adapted': bad})
+    seal(at, 'state.json')
+    with pytest.raises(Damaged, match='which base'): load_denoiser(tmp_path/'run', None)
 
 def test_fields(tmp_path):
     save_json(tmp_path/'a.json', dict(n=1, s='x', yes=True))

@@ -293,7 +293,7 @@ def measure(
 def held_split(tree:dict)->str: # of a recipe
     "The split that is not trained on: 'test', unless the answers there are secret."
     part = tree['data']['set'] or PLAIN
-    name = part if isinstance(part, str) else part['name']
+    name = part if isinstance(part, str) else part.get('name')
     return presets('texts')[name].facts.get('held_out', 'test') if name in presets('texts') else 'test'
 
 PLAIN = 'python_docs' # where nothing else is said

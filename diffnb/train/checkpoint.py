@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..core import create, nearest
 from ..peft.core import names, slots, switch
-from ..peft.files import base_of, rebuilt, recorded, same_base
+from ..peft.files import base_of, check_adapted, rebuilt, recorded, same_base
 from ..rng import Rng
 from ..saving import Ranks, load, load_fields, load_into
 from ..store import Damaged, check_folder, load_json, load_tensors, newest, point, prune, save_json, sound
@@ -198,7 +198,7 @@ def read_state(
 )->dict: # progress, facts, averages, parts, adapted, recipe
     "What a checkpoint says of its run. `Damaged` if a field is missing or cannot be."
     state, wants = load_fields(path/'state.json', progress=dict, facts=dict, averages=list), asdict(Progress())
-    p, f = state['progress'], state['facts']
+    p, f, _ = state['progress'], state['facts'], check_adapted(state.get('adapted'), f'{path}/state.json')
     if {k: type(v) for k,v in p.items()}=={k: type(v) for k,v in wants.items()} and f.keys()>={'seed', 'stream'}:
         if all(v>=0 for v in p.values() if type(v) is int): return state
     raise Damaged(f'{path}/state.json: no run comes to {p!s:.200}')
