@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from . import __version__
-from .commands import run, say_mistakes
+from .commands import present, run, say_mistakes
 from .core import nearest, presets
 from .hub.pipelines import foreign
 from .parts import check_part, dotted, make
@@ -144,13 +144,16 @@ def weigh(
     average:str|None='ema', # whose weights, of a run; None is the raw ones
 ): # the task, its networks in eval mode
     "The task of a recipe with its trained weights. ValueError if they do not fit."
-    state = load_json(m.path/'state.json') if (m.path/'state.json').exists() else {}
-    based = foreign(m.path) or state.get('adapted') # on the recipe's `weights`
-    task = system(m.recipe.system).task(m.recipe, None if based else m.folder)
-    if state.get('adapted'): task.denoiser = load_adapted(m.path, state, average, task.denoiser)
-    elif state: load_weights(m.path, task.net, average)
-    elif not based and (m.path/'config.json').exists(): load_into(task.net, load(m.path).state_dict(), str(m.path))
-    elif not based: load_into(task.net, load_tensors(m.path/'model.safetensors')[0], str(m.path))
+    with present(m.path): # of a run that is being trained, it may be removed
+        state = load_json(m.path/'state.json') if (m.path/'state.json').exists() else {}
+        both, how = (state.get('recipe'), identity(m.recipe)), ('system', 'model', 'process', 'train') # paths may move
+        if both[0]: same_run(*({k: o[k] for k in how} for o in both), f'{m.folder}/recipe.yaml')
+        based = foreign(m.path) or state.get('adapted') # on the recipe's `weights`
+        task = system(m.recipe.system).task(m.recipe, None if based else m.folder)
+        if state.get('adapted'): task.denoiser = load_adapted(m.path, state, average, task.denoiser)
+        elif state: load_weights(m.path, task.net, average)
+        elif not based and (m.path/'config.json').exists(): load_into(task.net, load(m.path).state_dict(), str(m.path))
+        elif not based: load_into(task.net, load_tensors(m.path/'model.safetensors')[0], str(m.path))
     task.net.eval()
     return task
 

@@ -232,6 +232,7 @@ def newest(
         except Damaged as e: passed.append((root/name, str(e))); continue
         if found != root/name: passed.append((root/name, f'its replacement was interrupted: {found.name} is read'))
         return found, passed
+    if {p.name for p in root.glob(pattern)} - names: return newest(root, pattern)  # meanwhile a run has gone on
     return None, passed
 
 # %% ../nbs/04_store.ipynb #acc9c631

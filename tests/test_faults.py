@@ -1,11 +1,14 @@
 "Kills at the write points of the commands, and what the disk refuses: nothing is lost, nothing half written is read."
-import errno, multiprocessing, os, signal
+import errno, multiprocessing, os, shutil, signal, time
+from pathlib import Path
 import pytest, torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Loader
 import crash
-from crash import RECIPE, Session, killed_at, refused_at, run, state, torn_at
+from crash import COMMANDS, RECIPE, Session, killed_at, one_line, refused_at, run, state, torn_at
+from diffnb.cli import main
 from diffnb.rng import from_workers
 from diffnb.saving import Damaged, add_lines, load_arrays, unpacked
+from diffnb.store import newest
 from diffnb.train.loop import Log, rows
 
 @pytest.fixture(scope='module')
@@ -125,3 +128,75 @@ def test_a_worker_that_dies_in_training(tmp_path, undisturbed):
     r = run(root, WORKERS, in_step(1, lambda: [p.kill() for p in multiprocessing.active_children()]))
     assert r.code==0 and 'has died' in r.err and 'Traceback' not in r.err, r.err
     assert state(root/'run'/'step-00000009')==undisturbed
+
+# --- files of a run ---
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "A run of six steps with checkpoints at 4 and 6, for copies."
+    root = tmp_path_factory.mktemp('trained').resolve()/'run'
+    root.mkdir(); (root/'tiny.yaml').write_text(RECIPE)
+    crash.warm()
+    assert run(root, COMMANDS['train']).code==0
+    return root
+
+@pytest.fixture
+def again(trained, tmp_path): return Path(shutil.copytree(trained, tmp_path.resolve()/'again'))
+
+def cut(raw): return raw[:raw.index('process:')]
+RECIPES = {'gone': None, 'empty': lambda raw: '', 'cut': cut, 'no YAML': lambda raw: raw.replace(': ', ':: [', 1), 'no text': lambda raw: '\0'+raw,
+           'altered': lambda raw: raw.replace('pred: flow', 'pred: x0')}
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_a_damaged_recipe_in_a_run(trained, again, name):
+    "Nothing is sampled or measured by another recipe than the run's; training has its own, and puts the file right."
+    path = again/'run'/'recipe.yaml'
+    good = path.read_text()
+    if RECIPES[name]: path.write_text(RECIPES[name](good))
+    else: path.unlink()
+    for o in ('sample', 'eval'): assert 'recipe' in one_line(run(again, COMMANDS[o]))
+    assert not (again/'x.npz').exists() and not (again/'run'/'eval.jsonl').exists()
+    assert run(again, COMMANDS['train']).code==0 and path.read_text()==good and state(again)==state(trained)
+
+def test_a_clock_that_goes_backwards(trained, again):
+    "Which checkpoint is newest, and which are removed, is a matter of numbers, whatever clock and dates of files say."
+    def back():
+        now = iter(range(2*10**9, 0, -10**6)) # a fortnight at each look
+        time.time = lambda: next(now)
+    words = f'{COMMANDS["train"]} --train.steps=8'
+    far = Path(shutil.copytree(again, again.with_name('far')))
+    assert run(far, words).code==0
+    for k,when in (('step-00000004', 4*10**9), ('step-00000006', 10), ('latest', 10), ('log.jsonl', 4*10**9)):
+        for p in (again/'run'/k, *(again/'run'/k).rglob('*')): os.utime(p, (when, when))
+    r = run(again, words, back)
+    assert r.code==0, r.err
+    assert state(again)==state(far) and sorted(p.name for p in (again/'run').glob('step-*'))==['step-00000006', 'step-00000008']
+    assert 'going on from step-00000006' in (again/'run'/'log.txt').read_text()
+
+@pytest.mark.parametrize('name', ['sample', 'eval'])
+def test_a_checkpoint_that_is_removed_before_it_is_read(again, name):
+    "The run has gone on meanwhile: the next one is taken."
+    def meanwhile():
+        import diffnb.cli as cli
+        real = cli.load_weights
+        def late(where, *args):
+            cli.load_weights = real
+            assert where.name=='step-00000006' and main(f'{COMMANDS["train"]} --train.steps=10'.split())==0 and not where.exists()
+            return real(where, *args)
+        cli.load_weights = late
+    r = run(again, COMMANDS[name], meanwhile)
+    assert r.code==0, r.err
+    was = state(again)
+    (again/'x.npz').unlink(missing_ok=True)
+    assert run(again, COMMANDS[name]).code==0 and state(again)==was # as from the newest, which is the only one it can be
+    if name=='eval': assert {o['checkpoint'] for o in rows(again/'run'/'eval.jsonl')}=={'step-00000010'}
+
+def test_all_are_removed_while_one_looks(again, monkeypatch):
+    "Between the look at the folder and the look at its checkpoints."
+    import diffnb.store as store
+    real = store.check_folder
+    def late(path):
+        monkeypatch.setattr(store, 'check_folder', real)
+        for k in (4, 6): (again/'run'/f'step-{k:08d}').rename(again/'run'/f'step-{k+10:08d}')
+        return real(path)
+    monkeypatch.setattr(store, 'check_folder', late)
+    assert newest(again/'run')[0].name=='step-00000016'

@@ -110,6 +110,16 @@ def test_damaged(images, codec, folder, tmp_path, spoil):
     else: (bad/spoil).unlink()
     with pytest.raises(Damaged): CachedLatents(bad, codec, images)
 
+def test_one_bit(images, codec, folder, tmp_path):
+    "A file is looked at, byte by byte, when it is first read from."
+    bad = tmp_path/'bad'
+    shutil.copytree(folder, bad)
+    kept, f = CachedLatents(bad, codec, images), bad/'moments-00001.safetensors'
+    raw = f.read_bytes()
+    f.write_bytes(raw[:-1]+bytes([raw[-1]^1]))
+    kept.moments(0, 'plain')
+    with pytest.raises(Damaged, match='moments-00001.* not as it was written: delete'): kept.moments(kept.shard, 'plain')
+
 def test_refused_before_any_work(images, tmp_path):
     with pytest.raises(ValueError, match='codec is trained.*freeze it'): cache_latents(images, vae_tiny(learn=True), tmp_path/'a')
     with pytest.raises(ValueError, match='has no images'): cache_latents(Images(images.pixels[:0], source='none'), vae_tiny(), tmp_path/'a')

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 import torch
 from torch import Tensor
-from . import Conditioner, load_sentence
+from . import Conditioner, fingerprint, load_sentence
 from ..core import need, preset
 from ..store import Damaged, load_json, load_tensors, save_json, save_tensors
 
@@ -56,18 +56,22 @@ class Cached(Conditioner):
         "Where a text's encoding is kept."
         name = hashlib.sha256(text.encode()).hexdigest()
         return self.folder/name[:2]/f'{name}.safetensors'
+    def note(self, text:str, row:dict[str,Tensor])->dict:
+        "What is written beside a text's encoding, and has to be there when it is read."
+        return dict(encoder=self.mark, text=text, numbers=fingerprint(tensors=row))
     def keep(self, texts:list)->None:
         "Encode texts, and keep what comes out, row by row."
         with torch.no_grad(): rows = self.inner.encode(texts)
         for i,text in enumerate(texts):
             path = self.path(text)
             path.parent.mkdir(exist_ok=True)
-            save_tensors(path, {k: v[i] for k,v in rows.items()}, dict(encoder=self.mark, text=text))
+            row = {k: v[i] for k,v in rows.items()}
+            save_tensors(path, row, self.note(text, row))
     def row(self, text:str)->dict[str,Tensor]:
-        "A text's encoding. `Damaged` if the file is another's, or is broken."
+        "A text's encoding. `Damaged` if the file is another's, or has changed."
         if text in self.near: return self.near[text]
         tensors,note = load_tensors(path := self.path(text))
-        if note!=dict(encoder=self.mark, text=text):
+        if note!=self.note(text, tensors):
             raise Damaged(f'{path} is not this encoder\'s encoding of {text!r:.60}: delete it')
         if len(self.near)<self.in_memory: self.near[text] = tensors
         return tensors
