@@ -213,7 +213,7 @@ def merge(
     import jsonargparse
     try: got = recipe_parser().parse_args([f'--config={json.dumps(named(tree, PARTS))}', *overrides]).as_dict()
     except jsonargparse.ArgumentError as e: raise ValueError(one_line(e)) from None
-    check_keys(got := {k: v for k,v in got.items() if k!='config'}) # overrides too
+    check_keys(got := {k: v for k,v in got.items() if k!='config'}, Recipe, 'a recipe') # overrides too
     s = system(got['system'])
     got = filled(got, s.start)
     def checked(v, kind, where): return check_part(v, kind, s.transforms if kind=='transform' else presets(kind), where)
