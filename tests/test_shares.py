@@ -5,7 +5,8 @@ import pytest, torch
 from diffnb.bench import operations, state_bytes, traffic
 from diffnb.bench.shares import SAID, WAYS, counts, heard, saved, sent, shared, shares, spoken, step, travelled
 from diffnb.core import create
-from diffnb.train.parallel import added, cut, forked, frugal, joined, units
+from diffnb.models.layers import frugal, units
+from diffnb.train.parallel import added, cut, forked, joined
 from diffnb.train.spread import route
 
 D, N, L, H = 32, 16, 2, 8 # width, tokens, blocks, heads

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import operations, state_bytes, traffic
-from ..train.parallel import units
+from ..models.layers import units
 from ..train.split import split
 from ..train.spread import spread
 
