@@ -120,10 +120,11 @@ def compared(
     seed:int,      # of the training
     overrides:Sequence[str]=(), # keys of the recipe
 )->dict: # what is measured
-    "One cell."
+    "One cell. InterruptedError if a signal ends it: what is half trained is not measured."
     t = tuned(read(recipe), base, adapter, [*overrides, f'--train.seed={seed}'])
     clock = time.process_time()
     run, net = trained_by(t)
+    if run.stopped: raise InterruptedError(f'stopped by {run.stopped}: the same command does this cell again')
     cpu, mine = time.process_time()-clock, [p for p in run.task.denoiser.parameters() if p.requires_grad]
     records, _ = system(t.recipe.system).measure(t.recipe, replace(run.task, denoiser=net))
     return dict(task=Path(recipe).stem, method=t.adapter['name'], seed=seed, cpu=round(cpu, 2),
