@@ -2,7 +2,7 @@
 import pytest, torch
 from torch import nn
 from diffnb.models.layers import Attention, attend
-from diffnb.peft.baselines import attends, bitfit, flatten, full, houlsby, houlsby_part, pfeiffer, prefix, prefix_part
+from diffnb.peft.baselines import attends, bitfit, flatten, full, houlsby, houlsby_part, offset_part, pfeiffer, pfeiffer_part, prefix, prefix_part
 from diffnb.peft.core import coverage, merge, probe, slots, switch, unmerge
 from diffnb.peft.files import combine, load_adapter, save_adapter, tensors
 from adapted import TINY, create, diff, gen, randomise, run, wake
@@ -56,6 +56,30 @@ def test_bottlenecks(make, per):
         want = y+.5*(nn.functional.silu(y@part.down.T+part.b_down)@part.up.T+part.b_up)
         assert diff(part(y, .5, layer, y, (y,), {}), want)<1e-6
     with pytest.raises(ValueError, match='a bottleneck of 9'): houlsby_part(layer, 9)
+
+def test_a_bottleneck_of_pfeiffer_has_relu():
+    layer,y = nn.Linear(8, 8),torch.randn(3, 8, generator=gen())
+    part = pfeiffer_part(layer, 2)
+    with torch.no_grad():
+        for p in part.parameters(): p.normal_(generator=gen(2))
+        want = y+.5*((y@part.down.T+part.b_down).relu()@part.up.T+part.b_up)
+        assert diff(part(y, .5, layer, y, (y,), {}), want)<1e-6
+
+def test_biases_are_summed():
+    "The sum of two is what both do together; a layer without bias takes none when it is merged."
+    net = randomise(create('dit_tiny'))
+    for i,n in enumerate('ab'): net = wake(bitfit()(net, n), n, i)
+    want = run(switch(net, {'a': .7, 'b': -.4}))
+    assert diff(run(combine(net, {'a': .7, 'b': -.4}, 'both')), want)<2e-5*max(1., want.abs().max().item())
+    layer = nn.Linear(3, 3, bias=False)
+    with pytest.raises(ValueError, match='layer without bias'): offset_part(layer).change(layer)
+
+def test_a_flat_prefix_is_trained_as_before():
+    for on in (True, False):
+        net = prefix(3, 8)(create('dit_tiny'))
+        for _,_,s in slots(net): s['default'].requires_grad_(on)
+        assert all(p.requires_grad==on for _,_,s in slots(flatten(net)) for p in s['default'].parameters())
+    with pytest.raises(ValueError, match='is no adapter of prefixes'): flatten(bitfit()(create('dit_tiny')))
 
 def test_the_first_gradient():
     "Reaches what is zero, in every part: with both ways at zero it would reach the last bias alone."

@@ -65,6 +65,14 @@ def test_majority_of_sst2():
     p = Predictions(['x']*872, [['positive']]*444+[['negative']]*428, classes=['negative', 'positive'])
     assert f'{majority(p).value:.2f}'=='50.92'
 
+def test_tokens_of_a_guesser():
+    "Who knows nothing and guesses labels, right in a share p, has (2+p)/3 of the tokens where a response has three."
+    g = torch.Generator().manual_seed(0)
+    y, guess = torch.randint(0, 2, (2, 400), generator=g)
+    def response(y): return torch.stack([y, torch.full_like(y, 8), torch.full_like(y, 9)], 1)
+    p = (y==guess).double().mean().item()
+    assert .4<p<.6 and token_accuracy(response(guess), response(y), torch.ones(400, 3, dtype=torch.bool))==pytest.approx(100*(2+p)/3)
+
 def test_token_accuracy_is_not_label_accuracy():
     x0 = torch.tensor([[1, 9, 9, 9], [2, 9, 9, 9]])
     x, where = x0.clone(), torch.ones(2, 4, dtype=torch.bool)

@@ -132,6 +132,21 @@ def test_instructions():
         assert torch.equal(call(x, t), bind(net, cond)(x, t))
     with pytest.raises(ValueError, match='instr is tokens'): wake(trajectory(cond=8)(create('dit_tiny'))).prepare(instr=torch.ones(2, 3, dtype=torch.long))
 
+def test_instructions_are_read_in_order():
+    "The mean over the tokens, which know their places; one instruction does for a batch of several phases."
+    torch.manual_seed(0)
+    enc,ids = Instruct(9, 8).eval(),torch.tensor([[3, 5, 7, 2]])
+    with torch.no_grad(): assert diff(enc(ids), enc(ids.flip(1)))>1e-3
+    part = trajectory_part(torch.nn.Linear(1, 1), 16, ranks=(2, 3, 4), cond=5)
+    g = gen()
+    with torch.no_grad():
+        for p in part.parameters(): p.normal_(std=.3, generator=g)
+        h,t,c = torch.randn(3, 4, 16, generator=g),torch.tensor([.1, .9, .5]),torch.randn(1, 5, generator=g)
+        assert diff(part.delta(h, t, c), part.delta(h, t, c.expand(3, -1)))<1e-5
+
+def test_looking_for_the_width_changes_nothing():
+    for on in (True, False): assert trajectory(**SMALL)(create('dit_tiny').train(on)).training is on
+
 def two():
     net = randomise(create('dit_tiny'))
     for i,n in enumerate('ab'): net = wake(trajectory(**SMALL)(net, n), n, i, .3)
@@ -151,6 +166,16 @@ def test_router():
     switch(net, 'router')(x, t, **cond).square().mean().backward()
     assert gate.bias.grad.abs().sum()>0 and {k.split('.')[1] for k,p in net.named_parameters() if p.grad is not None}=={'router'}
     with pytest.raises(ValueError, match="did you mean 'a'|no adapter is called 'c'"): router(['a', 'c'])(net, 'other')
+
+def test_router_on_maps():
+    "Channels are on axis 1: the weights are those of the mean over places."
+    net = randomise(create('diffit_tiny'))
+    for i,n in enumerate('ab'): net = wake(trajectory(ranks=(1, 2, 3))(net, n), n, i, .3)
+    part = router(['a', 'b'], 16)(net).eval().adapters['router']
+    n,axis = width(net)
+    h = torch.randn(3, n, 4, 5, generator=gen())
+    with torch.no_grad(): assert axis==1 and diff(part.weights(h), part.net(h.mean((2, 3))).softmax(-1))<1e-6
+    assert run(switch(net, 'router')).isfinite().all()
 
 def test_by_sample():
     net = two()
