@@ -178,7 +178,7 @@ def sample(
     n:int|None=None,         # how many; default: as the recipe says, here and below
     steps:int|None=None,     # on the grid
     sampler:str|None=None,   # such as ddim
-    w:float|None=None,       # guidance weight; 1 is off
+    w:float|None=None,       # guidance weight at all times; 1 is off
     y:int|None=None,         # one class; default: all in turn
     prompt:str|None=None,    # a text; default: those of the data set in turn
     prompts:str|None=None,   # a file with a text a line
@@ -193,6 +193,7 @@ def sample(
     def part(o): return o and check_part(o, what, presets(what), '--sampler')
     given = dict(n=n, steps=steps, w=w, seed=seed, sampler=part(sampler))
     s = replace(m.recipe.sample, **{k: v for k,v in given.items() if v is not None})
+    if w is not None: s = replace(s, guide=None)
     r = consistent(asdict(replace(m.recipe, sample=s)))
     task = weigh(m, s.average)
     if adapter is not None: task.denoiser = with_adapter(task.denoiser, adapter, adapter_scale)
@@ -269,6 +270,7 @@ def distill(
     m, path = open_model(where), Path(out)
     if path.exists(): raise ValueError(f'{path} exists: give another --out')
     r = check(asdict(m.recipe), overrides)
+    if r.sample.guide and w is None: raise ValueError('a student takes over a weight, and no sample.guide: give --w')
     b, s, grid = build(r), r.sample, make('grid', r.sample.grid)
     def student(net): return replace(b.task, denoiser=net, drop=0.)
     d, w = r.distill, s.w if w is None else w
@@ -279,7 +281,8 @@ def distill(
     if len(g.t)-1>until:
         print(f'stopped before {until} steps were reached; the same command goes on')
         return 130
-    final = replace(s, steps=until, sampler={'name': 'ddim'}, grid=dict(name='listed', times=g.t[:-1].tolist()), w=1.)
+    final = replace(s, steps=until, sampler={'name': 'ddim'}, w=1., guide=None,
+                    grid=dict(name='listed', times=g.t[:-1].tolist()))
     save(net, path, {'recipe.yaml': as_yaml(replace(r, sample=final))})
     print(f'{path}: {until} steps instead of {n}')
     return 0

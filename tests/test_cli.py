@@ -41,6 +41,8 @@ WRONG = { # command -> what the one line says
     'train tiny.yaml --train.accumulate=9': 'train.accumulate = 9 parts of a batch of 8',
     'train tiny.yaml --train.drop=1.5': 'train.drop is a probability',
     'train tiny.yaml --train.amp=float61': "did you mean 'float16'",
+    'train tiny.yaml --sample.guide=interval --sample.w=2': 'there is a sample.guide: give the weight to it',
+    'train tiny.yaml --sample.guide=intervall': "did you mean 'interval'",
     'train tiny.yaml --model=diffit_tinny': "no denoiser is called 'diffit_tinny' (did you mean 'diffit_tiny'?)",
     'train tiny.yaml --model.heads=3': "diffit_tiny has no argument 'heads'",
     'train tiny.yaml --model.size=30': 'diffit_tiny: ',
@@ -213,3 +215,26 @@ def test_a_second_process_changes_nothing(here, capsys):
         assert code==2 and 'another process trains in run' in err and files('run')==was
         p.stdin.close()
     assert ask('train tiny.yaml --out run --train.steps=6 --train.log_every=2', capsys)[0]==0 and files('run')!=was
+
+def test_a_recipe_names_its_guide(here, capsys):
+    "A constant guide is --w, to the bit; an interval without a time is no guidance; --w takes the place of a guide; a codec and a student have none."
+    base = TINY.replace('sampler: euler}', 'sampler: euler, guide: {name: constant, w: 3.0}}')
+    assert base!=TINY
+    Path('guided.yaml').write_text(base)
+    assert ask('train guided.yaml --out run', capsys)[0]==0
+    def drawn(*words):
+        code, out, err = ask(['sample', 'run', '--out', 'x.npz', *words], capsys)
+        assert code==0, err
+        with np.load('x.npz') as f: return f['x']
+    guided = drawn()
+    assert np.array_equal(drawn('--w=3'), guided) and not np.array_equal(drawn('--w=1'), guided)
+    text = Path('run/recipe.yaml').read_text()
+    def guide(o): Path('run/recipe.yaml').write_text(text.replace('guide:\n    name: constant\n    w: 3.0', f'guide: {o}'))
+    guide('{name: interval, w: 3.0, low: 0.0, high: 1000.0, time: table}') # the network is told i, and all of it is within
+    assert np.array_equal(drawn(), guided)
+    guide('{name: interval, w: 3.0, low: 2.0, high: 3.0, time: table}')
+    assert np.array_equal(drawn(), drawn('--w=1'))
+    code, _, err = ask('distill run --out student', capsys)
+    assert code==2 and 'a student takes over a weight' in err
+    guide('{name: interval, time: tabel}')
+    assert "did you mean 'table'" in ask('sample run --out y.npz', capsys)[2] and not Path('y.npz').exists()

@@ -56,6 +56,7 @@ class Sample:
     sampler:Part|None=None           # one step
     grid:Part='uniform'              # where the steps are
     w:float=1.                       # guidance weight; 1 is off
+    guide:Part|None=None             # another guide than this weight at all times, such as interval
     narrow:Part|None=None            # texts: what a token's chances are narrowed to before it is drawn
     average:str|None='ema'           # whose weights; null is the raw ones
     batch:int=64                     # at a time
@@ -182,7 +183,7 @@ PARTS = {'model': 'denoiser', 'codec': 'codec', 'conditioner': 'conditioner', 'd
          'data.transforms': 'transform', 'data.tokenizer': 'tokenizer', 'process.schedule': 'schedule',
          'process.weight': 'weight', 'process.learned': 'variance', 'train.times': 'times', 'train.lr': 'lr',
          'train.optimiser': 'optimiser', 'train.averages': 'average', 'train.hooks': 'hook', 'sample.grid': 'grid',
-         'sample.sampler': 'sampler', 'sample.narrow': 'narrow', 'eval.extractor': 'extractor'} # as a rule
+         'sample.sampler': 'sampler', 'sample.guide': 'guide', 'sample.narrow': 'narrow', 'eval.extractor': 'extractor'} # as a rule
 
 # %% ../../nbs/70_recipes.ipynb #658575f6
 def recipe_parser():
@@ -251,6 +252,9 @@ def consistent(
     sub = dict(data=Data, process=Process, terms=Terms, train=Train, sample=Sample, eval=Eval, distill=Distill)
     r = ends(Recipe(**{k: sub[k](**v) if k in sub else v for k,v in merge(tree, overrides).items()}))
     check_numbers(r); make('grid', r.sample.grid)
+    if r.sample.guide and r.sample.w!=1:
+        raise ValueError(f'sample.w is {r.sample.w}, and there is a sample.guide: give the weight to it, or make it null')
+    if r.sample.guide: make('guide', r.sample.guide)
     system(r.system).fits(r)
     return r
 

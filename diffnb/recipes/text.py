@@ -88,6 +88,7 @@ def fill(
     "Write into the open places."
     q, rng = to(q, next(task.denoiser.parameters()).device), Rng(s.seed, 'texts').of(idx)
     kw, grid = dict(keep=q['keep'], mask=q['mask'], w=s.w, rng=rng), make('grid', s.grid)
+    if s.guide: kw['guide'] = make('guide', s.guide)
     if task.codec is None:
         return list(walk(task.denoiser, task.process, tuple(q['known'].shape), s.steps, sampler(s, how), grid,
                          known=q['known'], **kw))[-1]
