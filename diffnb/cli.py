@@ -192,16 +192,15 @@ def sample(
     path, what = place(out, kind), (PARTS | kind.kinds)['sample.sampler']
     def part(o): return o and check_part(o, what, presets(what), '--sampler')
     given = dict(n=n, steps=steps, w=w, seed=seed, sampler=part(sampler))
-    s = replace(m.recipe.sample, **{k: v for k,v in given.items() if v is not None})
-    if w is not None: s = replace(s, guide=None)
+    s = m.recipe.sample if w is None else replace(m.recipe.sample, guide=None)
+    s = replace(s, **{k: v for k,v in given.items() if v is not None})
     r = consistent(asdict(replace(m.recipe, sample=s)))
     task = weigh(m, s.average)
     if adapter is not None: task.denoiser = with_adapter(task.denoiser, adapter, adapter_scale)
     asked = kind.ask(r, task, s, dict(y=y, prompt=prompt, prompts=prompts, negative=negative))
     x = kind.draw(r, task, s, asked)
     if path is None: kind.write(r, x, asked, None)
-    else: save_samples(r, x, asked, path)
-    if path is not None: print(f'{path}: {s.n} samples')
+    else: save_samples(r, x, asked, path); print(f'{path}: {s.n} samples')
     return 0
 
 # %% ../nbs/71_cli.ipynb #c47ec57f
@@ -271,7 +270,7 @@ def distill(
     if path.exists(): raise ValueError(f'{path} exists: give another --out')
     r = check(asdict(m.recipe), overrides)
     if r.sample.guide and w is None: raise ValueError('a student takes over a weight, and no sample.guide: give --w')
-    b, s, grid = build(r), r.sample, make('grid', r.sample.grid)
+    b, s, grid = build(r), replace(r.sample, guide=None), make('grid', r.sample.grid)
     def student(net): return replace(b.task, denoiser=net, drop=0.)
     d, w = r.distill, s.w if w is None else w
     n, until = d.n if n is None else n, d.until if until is None else until
@@ -281,8 +280,7 @@ def distill(
     if len(g.t)-1>until:
         print(f'stopped before {until} steps were reached; the same command goes on')
         return 130
-    final = replace(s, steps=until, sampler={'name': 'ddim'}, w=1., guide=None,
-                    grid=dict(name='listed', times=g.t[:-1].tolist()))
+    final = replace(s, steps=until, sampler={'name': 'ddim'}, grid=dict(name='listed', times=g.t[:-1].tolist()), w=1.)
     save(net, path, {'recipe.yaml': as_yaml(replace(r, sample=final))})
     print(f'{path}: {until} steps instead of {n}')
     return 0

@@ -48,6 +48,7 @@ class Process:
     self_cond:float|None=None        # share of samples that see the network's last estimate; null is no such input
     anchor:float|None=None           # weight of reading the right token from an estimate; null is off
 
+# %% ../../nbs/70_recipes.ipynb #4db41375
 @dataclass
 class Sample:
     "How samples are drawn."
@@ -61,6 +62,10 @@ class Sample:
     average:str|None='ema'           # whose weights; null is the raw ones
     batch:int=64                     # at a time
     seed:int=0                       # of the noise
+    @property
+    def guided(self)->bool:
+        "Is the network asked without conditions, too?"
+        return self.guide is not None or self.w!=1
 
 @dataclass
 class Eval:
@@ -183,7 +188,8 @@ PARTS = {'model': 'denoiser', 'codec': 'codec', 'conditioner': 'conditioner', 'd
          'data.transforms': 'transform', 'data.tokenizer': 'tokenizer', 'process.schedule': 'schedule',
          'process.weight': 'weight', 'process.learned': 'variance', 'train.times': 'times', 'train.lr': 'lr',
          'train.optimiser': 'optimiser', 'train.averages': 'average', 'train.hooks': 'hook', 'sample.grid': 'grid',
-         'sample.sampler': 'sampler', 'sample.guide': 'guide', 'sample.narrow': 'narrow', 'eval.extractor': 'extractor'} # as a rule
+         'sample.sampler': 'sampler', 'sample.guide': 'guide', 'sample.narrow': 'narrow',
+         'eval.extractor': 'extractor'} # as a rule
 
 # %% ../../nbs/70_recipes.ipynb #658575f6
 def recipe_parser():
@@ -253,7 +259,7 @@ def consistent(
     r = ends(Recipe(**{k: sub[k](**v) if k in sub else v for k,v in merge(tree, overrides).items()}))
     check_numbers(r); make('grid', r.sample.grid)
     if r.sample.guide and r.sample.w!=1:
-        raise ValueError(f'sample.w is {r.sample.w}, and there is a sample.guide: give the weight to it, or make it null')
+        raise ValueError(f'sample.w is {r.sample.w}, and there is a sample.guide: give the weight to it')
     if r.sample.guide: make('guide', r.sample.guide)
     system(r.system).fits(r)
     return r

@@ -71,11 +71,10 @@ def check_fit(
     done = {t['name'] for t in r.data.transforms}
     def by(s): return 'x'.join(map(str, s))
     off = shape and r.codec is None and takes!=tuple(shape)
-    asks = r.sample.guide or r.sample.w!=1
     wrong = {f'takes {by(takes)}, and {data} has images of {by(shape or ())}': off,
              f'has {k} classes, and {data} has {count}': 'y' in cond and count is not None and k!=count,
              f'has no classes to drop: train.drop must be 0, not {r.train.drop}': not said and r.train.drop,
-             'has no classes to be guided by: sample.w must be 1, and sample.guide null': not said and asks,
+             'has no classes to be guided by: sample.w must be 1, and sample.guide null': not said and r.sample.guided,
              'does not give twice the channels, which process.learned needs': r.process.learned and gives(net)!=2,
              'is not told how its images were augmented: edm_augment needs vec = 9': 'edm_augment' in done
              and 'vec' not in cond,
@@ -259,7 +258,7 @@ def walks(
     cond, uncond = (o and {k: v[i] if torch.is_tensor(v) else [v[j] for j in i] for k,v in o.items()}
                     for o in (asked['cond'], asked['uncond']))
     if task.conditioner is not None:
-        with torch.no_grad(): cond, uncond = task.conditioner(cond), task.conditioner(uncond) if s.guide or s.w!=1 else None
+        with torch.no_grad(): cond, uncond = task.conditioner(cond), task.conditioner(uncond) if s.guided else None
     shape = (len(i), *conditions(task.denoiser)[0])
     step, grid = make('sampler', s.sampler), make('grid', s.grid)
     return walk(task.denoiser, task.process, shape, s.steps, step, grid, cond, uncond, s.w,
