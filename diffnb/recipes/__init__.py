@@ -48,7 +48,6 @@ class Process:
     self_cond:float|None=None        # share of samples that see the network's last estimate; null is no such input
     anchor:float|None=None           # weight of reading the right token from an estimate; null is off
 
-# %% ../../nbs/70_recipes.ipynb #4db41375
 @dataclass
 class Sample:
     "How samples are drawn."
@@ -62,10 +61,6 @@ class Sample:
     average:str|None='ema'           # whose weights; null is the raw ones
     batch:int=64                     # at a time
     seed:int=0                       # of the noise
-    @property
-    def guided(self)->bool:
-        "Is the network asked without conditions, too?"
-        return self.guide is not None or self.w!=1
 
 @dataclass
 class Eval:
@@ -75,7 +70,7 @@ class Eval:
     extractor:Part|None=None         # images: seen through what
     split:str|None=None              # of the data set they are compared with; null is what the system thinks best
 
-# %% ../../nbs/70_recipes.ipynb #497c9f02
+# %% ../../nbs/70_recipes.ipynb #4db41375
 @dataclass
 class Train:
     "How it is trained. Lengths are in images, except `steps` and what is named `every`."

@@ -62,7 +62,7 @@ def fits(r:Recipe)->None: # parts checked
     wrong = {f'{k}: a codec is trained alone, and has none': getattr(r, k) for k in ('codec', 'conditioner')}
     wrong |= {'sample.sampler: a codec takes no steps': r.sample.sampler,
               'train.drop must be 0: a codec is told nothing': r.train.drop,
-              'sample.w must be 1, and sample.guide null: a codec is not guided': r.sample.guided,
+              'sample.w must be 1, and sample.guide null: a codec is not guided': r.sample.guide or r.sample.w!=1,
               'data.latents: they come later, in the recipe of a denoiser': r.data.latents,
               f'eval.extractor: {seen[:1]} sees through one': seen and r.eval.extractor is None}
     wrong |= {f'terms.{k} cannot be {v}': v is None or v<0 for k in ('beta', 'seen', 'fooled', 'start', 'share')

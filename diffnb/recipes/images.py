@@ -74,7 +74,8 @@ def check_fit(
     wrong = {f'takes {by(takes)}, and {data} has images of {by(shape or ())}': off,
              f'has {k} classes, and {data} has {count}': 'y' in cond and count is not None and k!=count,
              f'has no classes to drop: train.drop must be 0, not {r.train.drop}': not said and r.train.drop,
-             'has no classes to be guided by: sample.w must be 1, and sample.guide null': not said and r.sample.guided,
+             'has no classes, so sample.w must be 1, and sample.guide null': not said
+             and (r.sample.guide or r.sample.w!=1),
              'does not give twice the channels, which process.learned needs': r.process.learned and gives(net)!=2,
              'is not told how its images were augmented: edm_augment needs vec = 9': 'edm_augment' in done
              and 'vec' not in cond,
@@ -241,7 +242,8 @@ def ask(
     if reader is not None and y is not None: raise ValueError('y: this model reads texts: give --prompt')
     more = besides(r, task, s.n)
     if reader is not None:
-        return dict(cond={'text': said(r, s.n, words), **more}, uncond={'text': [words.get('negative')]*s.n, **more})
+        other = {'text': [words.get('negative')]*s.n, **more} if s.guide or s.w!=1 else None
+        return dict(cond={'text': said(r, s.n, words), **more}, uncond=other)
     if y is not None and not 0<=y<k:
         raise ValueError(f'y = {y}, but the model has '+(f'classes 0 to {k-1}' if k else 'no classes'))
     if not k: return dict(cond=more or None, uncond=None)
@@ -258,7 +260,7 @@ def walks(
     cond, uncond = (o and {k: v[i] if torch.is_tensor(v) else [v[j] for j in i] for k,v in o.items()}
                     for o in (asked['cond'], asked['uncond']))
     if task.conditioner is not None:
-        with torch.no_grad(): cond, uncond = task.conditioner(cond), task.conditioner(uncond) if s.guided else None
+        with torch.no_grad(): cond, uncond = task.conditioner(cond), uncond and task.conditioner(uncond)
     shape = (len(i), *conditions(task.denoiser)[0])
     step, grid = make('sampler', s.sampler), make('grid', s.grid)
     return walk(task.denoiser, task.process, shape, s.steps, step, grid, cond, uncond, s.w,
