@@ -74,8 +74,7 @@ def check_fit(
     wrong = {f'takes {by(takes)}, and {data} has images of {by(shape or ())}': off,
              f'has {k} classes, and {data} has {count}': 'y' in cond and count is not None and k!=count,
              f'has no classes to drop: train.drop must be 0, not {r.train.drop}': not said and r.train.drop,
-             'has no classes, so sample.w must be 1, and sample.guide null': not said
-             and (r.sample.guide or r.sample.w!=1),
+             'is told nothing, so no guide and sample.w = 1': not said and (r.sample.guide or r.sample.w!=1),
              'does not give twice the channels, which process.learned needs': r.process.learned and gives(net)!=2,
              'is not told how its images were augmented: edm_augment needs vec = 9': 'edm_augment' in done
              and 'vec' not in cond,
