@@ -85,6 +85,15 @@ def test_scales_and_phases():
             shares.append((part.delta(h, t)/bank(h, sinusoid(t/100, 16, 1000.))).nanmean().item())
     assert [shares.count(o) for o in (.25, .5, 1.)]==[34, 33, 33] and shares==sorted(shares)
 
+def test_a_bound_belongs_below():
+    part = trajectory_part(torch.nn.Linear(1, 1), 16, ranks=(2, 2), scales=(1., 3.), bounds=(.5,))
+    with torch.no_grad():
+        for p in part.banks[0].parameters(): p.normal_(generator=gen())
+        part.banks[1].load_state_dict(part.banks[0].state_dict())
+        h,at = torch.randn(1, 4, 16, generator=gen(1)),torch.tensor([.5], dtype=torch.float64)
+        near = part.delta(h, at-1e-12)
+        assert diff(part.delta(h, at), near)<1e-5 and diff(part.delta(h, at+1e-12), 3*near)<1e-5
+
 def test_rank_of_the_changes():
     part = trajectory_part(torch.nn.Linear(1, 1), 64, ranks=(3, 3, 3), k=2, cond=4)
     g = gen()
