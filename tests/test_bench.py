@@ -8,7 +8,7 @@ import torch
 from diffnb.bench import Ratio, apart, compare, exponent, growth, kept, operations, product, shown, turns
 from diffnb.bench.training import falling, foreign, quality, share_of, train_for
 from diffnb.core import create, presets
-from diffnb.data.images import fashion_mnist
+from diffnb.data.images import emoji, fashion_mnist
 from shell import ask
 
 class Clock:
@@ -150,6 +150,29 @@ def test_the_other_library_trains_here():
     assert count==sum(p.numel() for p in ddpm(8).model.parameters()) and seen>=2 and seen%2==0
     x = draw(torch.arange(2))
     assert x.dtype==torch.uint8 and x.shape==(2, 1, 28, 28)
+
+def test_the_compiler_works_in_steps_that_do_not_count():
+    "Three are not counted; the script has no compiler."
+    from diffnb.bench.training import throughput
+    from diffnb.bench.unet import dit_sides
+    steps, made = [], []
+    def sides():
+        ours, theirs, call, told = dit_sides(1, 1)
+        return ours, theirs, lambda *a: steps.append(1) or call(*a), told
+    def note(graph, x): made.append(len(steps)); return graph.forward
+    few = emoji().take(torch.arange(8))
+    throughput(sides, few, 2, pairs=7)
+    assert len(steps)==3+7 and not made
+    throughput(sides, few, 2, backend=note, pairs=7)
+    assert made and len(steps)==2*(3+7) and max(made)<10+3
+
+def test_each_way_has_its_bound(monkeypatch, tmp_path):
+    "A script's speed times 1.05 as the script, times 1.15 as we choose; the compiler is asked for the DiT alone."
+    from diffnb.bench import training
+    monkeypatch.setattr(training, 'throughput', lambda sides, images, **how: dict(sides=sides.__name__, how=how))
+    want = dict(unet_sides=dict(chosen=True), dit_sides=dict(chosen=True, backend='inductor'))
+    rows = [(r['sides'], r['how'], r['most']) for r in training.throughputs(folder=str(tmp_path))]
+    assert rows==[o for k,v in want.items() for o in ((k, {}, 1/1.05), (k, v, 1/1.15))]
 
 # --- many machines
 def test_what_ranks_hold_and_send():
