@@ -199,3 +199,14 @@ def test_remat(here, name, saves):
     (g,n), (h,m) = got
     assert g.keys()==h.keys() and all((g[k] is h[k] is None) or torch.equal(g[k], h[k]) for k in g)
     assert m<saves*n
+
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_compiled(here, one, backend):
+    "Blocks as programs, from the command line; they may add in another order. The checks of types are off, which they would not survive."
+    code = ('import sys; from diffnb.cli import main; code = main(); from torch._dynamo.utils import counters; '
+            'print("graphs", counters["stats"]["unique_graphs"]); sys.exit(code)')
+    words = ['train', 'tiny.yaml', '--out', 'run', f'--train.compile={backend}']
+    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
+    res = subprocess.run([sys.executable, '-c', code, *words], env=env, capture_output=True, text=True, timeout=300)
+    assert res.returncode==0, res.stderr
+    assert int(re.search(r'graphs (\d+)', res.stdout)[1])>0 and far('run', one)<CLOSE
