@@ -210,3 +210,11 @@ def test_compiled(here, one, backend):
     res = subprocess.run([sys.executable, '-c', code, *words], env=env, capture_output=True, text=True, timeout=300)
     assert res.returncode==0, res.stderr
     assert int(re.search(r'graphs (\d+)', res.stdout)[1])>0 and far('run', one)<CLOSE
+
+def test_muon_needs_whole_matrices(here, one, capfd):
+    "Parts of rows are gathered and turned as a whole; parts of layers are refused before the first step."
+    Path('muon.yaml').write_text(TINY.replace('{name: adamw, eps: 1.0e-2}', 'muon').replace('save_every: 2', 'save_every: 6'))
+    assert train('muon.yaml --out whole')==0 and two('muon.yaml --out rows --train.parallel=fsdp2')==[0, 0]
+    assert far('whole', 'rows')<1e-5 # the polynomial enlarges rounding, at most by its slope at 0 in each of five rounds
+    assert two('muon.yaml --out parts --train.parallel=tensor')==[2, 2]
+    assert 'muon turns whole matrices' in capfd.readouterr().err and not list(Path('parts').glob('step-*'))

@@ -78,12 +78,14 @@ def muon(
     betas:tuple|list=(.9, .99),  # decay of the two moments of the rest
     eps:float|int=1e-8,          # added to the root of the second
     least:int=16,                # a matrix with a shorter side counts as the rest
-)->Callable: # network -> optimiser
+)->Callable: # network -> optimiser; ValueError where its matrices are shared by several processes
     "Muon for the matrices and kernels of a network, AdamW for the rest (Jordan et al. 2024; Liu et al. 2025)."
     def make(net):
         kinds = nn.Linear, _ConvNd
         wide = {id(m.weight) for m in net.modules() if isinstance(m, kinds) and min(m.weight.flatten(1).shape)>=least}
         wide -= {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)} # a tied head
+        cut = {id(p) for k,p in net.named_parameters() if k in getattr(net, 'cuts', ())} # see `train.cuts`
+        if wide & cut: raise ValueError('muon turns whole matrices, and here each process has a part: take adamw')
         groups = []
         for g in decay_groups(net, decay):
             for turn in (True, False):
