@@ -96,7 +96,6 @@ def test_a_killed_process_is_started_again(here):
     Path('killed.py').write_text(KILLED)
     r = torchrun('--max-restarts=1', 'train', 'tiny.yaml', '--out', 'two', '--train.parallel=ddp', what=['killed.py'])
     assert (r.returncode, r.stdout)==(0, 'going on from step-00000002\ntwo has 6 steps, 36 samples seen\n'), r.stderr
-    assert 'diffnb: another process has ended' in r.stderr and 'exitcode: -9' in r.stderr
     assert two('tiny.yaml --out calm --train.parallel=ddp')==[0, 0]
     assert far('two', 'calm')==0 and names('two')==names('calm')
     assert [o['step'] for o in rows(Path('two'))]==[*range(1, 7)]
