@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from ..models.layers import units
+from ..core import presets
 from ..saving import Ranks, layout
 from ..store import ties, write_folder
 
@@ -135,6 +136,7 @@ def ways(
     kind:str|None, # 'ddp' or 'fsdp2'; None for one process
 )->Ranks: # what `fit` takes
     "How they train. ValueError where they would train alone, each for itself."
+    if kind not in (None, *KINDS): presets() # which imports all notebooks; others add ways of their own
     def check():
         if kind not in (None, *KINDS): raise ValueError(f'train.parallel is null, {" or ".join(KINDS)}, not {kind!r}')
         if kind is None and group.world>1:
