@@ -146,8 +146,8 @@ def weigh(
     "The task of a recipe with its trained weights. ValueError if they do not fit."
     with present(m.path): # of a run that is being trained, it may be removed
         state = load_json(m.path/'state.json') if (m.path/'state.json').exists() else {}
-        both, how = (state.get('recipe'), identity(m.recipe)), ('system', 'model', 'process', 'train') # paths may move
-        if both[0]: same_run(*({k: o[k] for k in how} for o in both), f'{m.folder}/recipe.yaml')
+        was, kept = state.get('recipe'), ('system', 'model', 'process', 'train') # paths may move
+        if was: same_run(*({k: o[k] for k in kept} for o in (was, identity(m.recipe))), f'{m.folder}/recipe.yaml')
         based = foreign(m.path) or state.get('adapted') # on the recipe's `weights`
         task = system(m.recipe.system).task(m.recipe, None if based else m.folder)
         if state.get('adapted'): task.denoiser = load_adapted(m.path, state, average, task.denoiser)

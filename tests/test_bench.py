@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffnb.bench import Ratio, apart, compare, exponent, growth, kept, operations, product, shown, turns
-from diffnb.bench.training import falling, foreign, quality, share_of, train_for
+from diffnb.bench.training import GUIDE, QUICK, STEPS, falling, foreign, quality, share_of, train_for
 from diffnb.core import create, presets
 from diffnb.data.images import emoji, fashion_mnist
+from diffnb.recipes import consistent, read
 from shell import ask
 
 class Clock:
@@ -103,6 +104,11 @@ def test_ranks_need_all(monkeypatch):
     with pytest.raises(RuntimeError, match='could not train together'): dit.together(1, True)
 
 # --- quality for time
+def test_the_contest_is_entered_by_the_recipe_that_ships():
+    r = consistent(read('fashion_quickstart'))
+    assert r.sample.guide=={'name': 'interval', **GUIDE} and (r.sample.steps, r.sample.sampler['name'])==(STEPS, 'heun')
+    assert (r.train.optimiser, r.train.lr['lr'])==({'name': 'muon'}, QUICK['lr']) and {k: getattr(r.train, k) for k in ('batch', 'drop')}=={k: QUICK[k] for k in ('batch', 'drop')}
+
 def test_the_rate_follows_the_clock():
     c = Clock()
     share = share_of(10, c)

@@ -1,12 +1,11 @@
 "Training by two processes: the same run as by one, whole or cut, stopped, resumed by another number, and killed."
-import itertools, math, os, signal, subprocess, sys
+import itertools, math, os, signal
 from functools import partial
 from pathlib import Path
 import pytest, torch
 from diffnb.core import create, presets
 from diffnb.process.gaussian import Gaussian, SelfCond
 from diffnb.process.masked import Masked
-from diffnb.rng import Rng
 from diffnb.store import check_folder
 from diffnb.train.checkpoint import load_weights
 from diffnb.train.ema import averaged, halflife

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest, torch
 pytest.importorskip('diffusers'); pytest.importorskip('transformers')
-import diffusers, folders, transformers
+import diffusers, folders
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from diffnb.cli import main

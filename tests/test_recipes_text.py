@@ -7,7 +7,7 @@ from diffnb.data.text import movie_snippets, tokenizer, train_tokenizer
 from diffnb.metrics.text import load_predictions
 from diffnb.recipes import build, check, consistent, read, shipped
 from diffnb.store import load_tensors
-from shell import ask
+from shell import among, ask
 
 REVIEWS = '''
 about: sentiment
@@ -56,9 +56,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def here(files, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for p in files.iterdir(): Path(p.name).symlink_to(p)
-    return tmp_path
+    return among(files, tmp_path, monkeypatch)
 
 def good(words, capsys):
     code, out, err = ask(words, capsys)

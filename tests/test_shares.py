@@ -91,7 +91,7 @@ def test_kept_is_kept(case):
     assert once<twice<=4/3*once
 
 def data_parallel():
-    with joined('ddp') as ranks:
+    with joined('ddp'):
         net = CASES['dit']()
         ddp = torch.nn.parallel.DistributedDataParallel(net)
         ddp.register_comm_hook(None, added)
@@ -109,7 +109,7 @@ def test_state_and_traffic():
         assert sent(m, 2)==pytest.approx(traffic(4*p, 2)+2/3*traffic(4*outside, 2), rel=.005) # odd rows are padded
 
 def experts():
-    with joined('ddp') as ranks:
+    with joined('ddp'):
         net = route(CASES['moe']())
         got = outcome(net, 2)
         return got, sum(p.numel() for k,p in net.named_parameters() if '.experts.' in k), sum(p.numel() for k,p in net.named_parameters() if '.experts.' not in k)

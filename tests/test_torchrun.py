@@ -1,5 +1,5 @@
 "`diffnb train` by several processes: as torchrun starts them, stopped, killed, and refused; with less memory, and compiled."
-import json, os, re, signal, subprocess, sys, time
+import os, re, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 import pytest, torch
@@ -7,12 +7,11 @@ import diffnb.cli as cli
 import diffnb.train.loop as loop
 from conftest import ROOT
 from diffnb.cli import main
-from diffnb.core import create, presets
-from diffnb.models.layers import frugal
 from diffnb.recipes import build, check, read
 from diffnb.store import load_tensors
 from diffnb.train.loop import rows
 from diffnb.train.parallel import forked
+from shell import among
 from test_recipes_codec import TINY as CODEC
 from test_recipes_text import DIMBA, PAGES
 
@@ -38,9 +37,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def here(files, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for p in files.iterdir(): Path(p.name).symlink_to(p)
-    return tmp_path
+    return among(files, tmp_path, monkeypatch)
 
 def train(words): return main(f'train {words}'.split())
 def two(words): return forked(2, partial(train, words))
@@ -119,7 +116,7 @@ def test_other_systems(here, name, kind):
     assert far('two', 'one')<1e-5 and names('two')==names('one')
 
 def slow_first(*args):
-    rank, said = os.environ['RANK'], Path('said')
+    rank = os.environ['RANK']
     if rank=='0': time.sleep(.5)
     with open('said', 'a') as f: f.write(f'{rank} begins\n')
     if rank=='0': time.sleep(.5)

@@ -91,7 +91,7 @@ class Train:
     sample_every:int|None=None       # steps between grids of samples; null is never
     patience:int=10                  # steps in a row that may fail to be finite
     device:str|None=None             # null is cuda where there is one
-    parallel:str|None=None           # how processes that torchrun starts train together: ddp or fsdp2
+    parallel:str|None=None           # how processes of torchrun train together: ddp, fsdp2, tensor, tokens, experts
     remat:bool=False                 # forget what is inside of a block, and compute it again on the way back
     compile:str|None=None            # blocks as programs: inductor; aot_eager and eager show what that changes
     hooks:list[Part]|None=None       # what else is done on the way, see the presets of this kind

@@ -21,7 +21,7 @@ from .checkpoint import alone
 from .ema import EMA, halflife
 from .loop import Log, Options, Run, Step, begin, checked, give_up, per_sample, save, signals
 from .parallel import Group, replicated
-from .task import held_out_loss, pieces, seeded
+from .task import held_out_loss, pieces, seeded, share
 
 # %% ../../nbs/102_train.lightning.ipynb #5a5d0765
 @functools.cache
@@ -54,7 +54,7 @@ class LightningTask:
         return self.run.rng.at('train', step=self.run.progress.step)
     def first(self)->int:
         "The first of the parts that this process takes."
-        return self.run.options.accumulate*self.run.ranks.rank
+        return self.run.options.accumulate*self.run.ranks.part
 
 def networks(
     task, # what is trained
@@ -71,7 +71,7 @@ def part(self:LightningTask,
 )->dict: # the part
     "Draw times and drops for a whole batch, and cut a part from it."
     self.whole = batch
-    parts = pieces(self.run.task.draw(batch, self.step_rng()), self.run.options.accumulate*self.run.ranks.world)
+    parts = pieces(self.run.task.draw(batch, self.step_rng()), self.run.options.accumulate*self.run.ranks.parts)
     return next(itertools.islice(parts, self.first()+i, None))
 
 @patch
@@ -85,11 +85,9 @@ def training_step(self:LightningTask,
     with (seeded(rng.at('dropout', step=self.first()+len(self.seen)), self.device),
           torch.autocast(self.device.type, o.amp, o.amp is not None, cache_enabled=True)): # Lightning's caches no casts
         loss = task.loss(part, rng)
-    mask = torch.ones_like(loss.value, dtype=torch.bool) if loss.mask is None else loss.mask.expand_as(loss.value)
-    n = len(self.whole['idx'])*loss.value[0].numel()
-    mean = torch.where(mask, loss.value, 0.).double().sum()/n
-    self.seen.append((mean.item(), int(mask.sum()), n, *per_sample(loss)))
-    return mean*(o.accumulate*self.run.ranks.world)
+    mean, counted, elements = share(loss, len(self.whole['idx']))
+    self.seen.append((mean.item(), counted, elements, *per_sample(loss)))
+    return mean*(o.accumulate*self.run.ranks.parts)
 
 # %% ../../nbs/102_train.lightning.ipynb #48cfccc9
 @patch
@@ -102,7 +100,7 @@ def configure_gradient_clipping(self:LightningTask,
     run, k, n = self.run, self.run.options.accumulate, len(self.whole['idx'])
     if len(self.seen)!=k: raise RuntimeError(f'a step after {len(self.seen)} parts of a batch that was cut into {k}')
     means, counts, (size, *_), t, each = zip(*self.seen)
-    start = n*self.first()//(k*run.ranks.world)
+    start = n*self.first()//(k*run.ranks.parts)
     total, counted, t, each = run.ranks.join(sum(means), sum(counts), torch.cat(t), torch.cat(each), start, n)
     weights = [w for g in optimizer.param_groups for w in g['params']]
     for w in weights if 0<counted<size else ():

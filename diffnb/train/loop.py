@@ -23,7 +23,7 @@ from ..saving import Ranks, add_lines, parsed
 from ..store import sweep, write_file
 from .checkpoint import Progress, alone, resume, save_checkpoint
 from .ema import EMA, draw_samples, halflife
-from .task import pieces, seeded, to
+from .task import pieces, seeded, share, to
 from ..viz import buckets, save_png
 
 # %% ../../nbs/55_train.loop.ipynb #f2539493
@@ -94,9 +94,7 @@ def gradient(
     for i,part in itertools.islice(parts, first, first+k):
         with seeded(rng.at('dropout', step=i), device), torch.autocast(device.type, amp, enabled=amp is not None):
             loss = ranks.loss(task, to(part, device), rng, i==first+k-1)
-        mask = torch.ones_like(loss.value, dtype=torch.bool) if loss.mask is None else loss.mask.expand_as(loss.value)
-        m, elements = int(mask.sum()), n*loss.value[0].numel()
-        mean = torch.where(mask, loss.value, 0.).double().sum()/elements # wherever the batch is cut, the same
+        mean, m, elements = share(loss, n)
         scaler.scale(mean).backward()
         total, counted = total+mean.item(), counted+m
         seen.append(per_sample(loss))

@@ -112,7 +112,7 @@ def agree(self:Group,
         dist.all_reduce(o, dist.ReduceOp.MAX)
 
 # %% ../../nbs/56_train.parallel.ipynb #f27957ef
-KINDS = {} # name -> function: 'ddp' and 'fsdp2', see below
+KINDS = {} # name -> function: 'ddp' and 'fsdp2', see below; later notebooks add theirs
 
 @contextmanager
 def met()->Iterator: # a `Group`; alone, `Ranks()`
@@ -133,7 +133,7 @@ def met()->Iterator: # a `Group`; alone, `Ranks()`
 # %% ../../nbs/56_train.parallel.ipynb #f9ef119c
 def ways(
     group,         # from `met`
-    kind:str|None, # 'ddp' or 'fsdp2'; None for one process
+    kind:str|None, # one of `KINDS`; None for one process
 )->Ranks: # what `fit` takes
     "How they train. ValueError where they would train alone, each for itself."
     if kind not in (None, *KINDS): presets() # which imports all notebooks; others add ways of their own

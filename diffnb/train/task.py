@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['warm', 'fall', 'constant', 'linear', 'cosine', 'inverse_root', 'decay_groups', 'adamw', 'adam', 'alike',
-           'DiffusionTask', 'learns', 'by_sample', 'by_batch', 'hide', 'pick', 'pieces', 'to', 'seeded',
+           'DiffusionTask', 'learns', 'by_sample', 'by_batch', 'hide', 'pick', 'pieces', 'to', 'share', 'seeded',
            'held_out_loss']
 
 # %% ../../nbs/52_train.task.ipynb #83da4e0c
@@ -279,6 +279,15 @@ def to(
     "Move a batch to a device; lists stay."
     if isinstance(o, dict): return {k: to(v, device) for k,v in o.items()}
     return o.to(device, non_blocking=True) if torch.is_tensor(o) else o
+
+def share(
+    loss:Loss, # of a part
+    n:int,     # samples in the whole batch
+)->tuple[Tensor,int,int]: # the part's share of the mean; its elements that count; elements of the whole batch
+    "What a part adds to the mean over a batch, in float64: wherever the batch is cut, the sum is the same."
+    mask = torch.ones_like(loss.value, dtype=torch.bool) if loss.mask is None else loss.mask.expand_as(loss.value)
+    elements = n*loss.value[0].numel()
+    return torch.where(mask, loss.value, 0.).double().sum()/elements, int(mask.sum()), elements
 
 # %% ../../nbs/52_train.task.ipynb #95ef9907
 @contextmanager
