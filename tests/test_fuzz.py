@@ -3,6 +3,7 @@ import json, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from torch import nn
+from diffnb.bench import kept
 from diffnb.cli import main
 from diffnb.core import at_most, create
 from diffnb.parts import read_yaml
@@ -10,7 +11,7 @@ from diffnb.rng import Rng
 from diffnb.saving import Damaged, load, load_fields, save
 from diffnb.store import load_json, load_tensors, save_json, write_folder
 from diffnb.train.checkpoint import Progress, load_denoiser, save_checkpoint
-from fuzz import seal
+from fuzz import KINDS, seal
 
 HERE = Path(__file__).parent
 
@@ -18,6 +19,13 @@ def test_three_hundred():
     "A clear error or the right result, in a process of its own: its memory is watched."
     r = subprocess.run([sys.executable, HERE/'fuzz.py', '--n', '300'], capture_output=True, text=True)
     assert r.returncode==0, r.stdout[-3000:]+r.stderr[-3000:]
+
+def test_the_ten_thousand_that_were_counted():
+    page = kept('fuzz', HERE.parent/'nbs'/'results')
+    rows = {r['what']: r for r in page['rows']}
+    assert page['command'].startswith('python tests/fuzz.py') and tuple(rows)==KINDS
+    assert sum(r['read']+r['refused'] for r in rows.values())>=10_000 and all(r['fault']==0 for r in rows.values())
+    assert all(r['read']>50 and r['refused']>1000 for r in rows.values()) # some are nearly right, and most are wrong
 
 LAUGHS = 'a0: &a0 [x,x,x,x,x,x,x,x,x]\n'+''.join(f'a{i+1}: &a{i+1} [{",".join([f"*a{i}"]*9)}]\n' for i in range(20))
 YAML = { # what is written -> what is said
